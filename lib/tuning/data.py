@@ -1,0 +1,196 @@
+"""The data sets of the book, and their real counterparts: LAMA, SuperGLUE and GLUE files of your own or from a hub.
+
+Everything comes as Hugging Face `datasets`. How the shipped files were built, from what and under which licence stands
+in `corpora/README.md` beside them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+__all__ = ["RELATIONS", "TEMPLATES", "load_facts", "load_lama", "load_reviews", "load_wic"]
+
+CORPORA = Path(__file__).parent / "corpora"
+FOLDS = 3  # the facts' `part` runs from 0 to 5: a fold tests on two parts, chooses on one and trains on three
+
+
+@dataclass(frozen=True)
+class Relation:
+    """A relation of LAMA (Petroni et al., 2019): Wikidata's property, what it says, and LAMA's own template."""
+
+    id: str
+    meaning: str
+    template: str
+
+
+RELATIONS = {
+    relation.id: relation
+    for relation in (
+        Relation("P17", "country of a city", "[X] is located in [Y]."),
+        Relation("P1376", "country of a capital", "[X] is the capital of [Y]."),
+        Relation("P37", "official language of a country", "The official language of [X] is [Y]."),
+        Relation("P30", "continent of a country", "[X] is located in [Y]."),
+        Relation("P36", "capital of a country", "The capital of [X] is [Y]."),
+    )
+}
+
+# Handcrafted templates, LAMA's own first. The four of P17 on "which country" are the P-tuning paper's case study.
+TEMPLATES = {
+    "P17": [
+        "[X] is located in [Y].",
+        "[X] is located in which country or state? [Y].",
+        "[X] is located in which country? [Y].",
+        "[X] is located in which country? In [Y].",
+        "[X] is a city in [Y].",
+        "[X] is located in the country of [Y].",
+        "The city of [X] is located in [Y].",
+        "The city of [X] is in the country of [Y].",
+        "[X] lies within the borders of [Y].",
+        "If you travel to [X], you are in [Y].",
+    ],
+    "P1376": [
+        "[X] is the capital of [Y].",
+        "[X] is the capital city of [Y].",
+        "[X], the capital of [Y].",
+        "The city of [X] is the capital of [Y].",
+        "[X] is the capital of which country? [Y].",
+        "[X] is the capital of which country? It is the capital of [Y].",
+        "The country whose capital is [X] is [Y].",
+        "[X] is the capital of the country of [Y].",
+        "[X] is the seat of the government of [Y].",
+    ],
+    "P37": [
+        "The official language of [X] is [Y].",
+        "In [X], the official language is [Y].",
+        "[X]'s official language is [Y].",
+        "The language spoken in [X] is [Y].",
+        "The people of [X] speak [Y].",
+        "In [X], people speak [Y].",
+        "What is the official language of [X]? [Y].",
+        "What is the official language of [X]? It is [Y].",
+        "A person born in [X] grows up speaking [Y].",
+    ],
+    "P30": [
+        "[X] is located in [Y].",
+        "[X] is a country in [Y].",
+        "[X] is located in the continent of [Y].",
+        "[X] is on the continent of [Y].",
+        "The continent of [X] is [Y].",
+        "The country of [X] is on the continent of [Y].",
+        "Which continent is [X] in? [Y].",
+        "Which continent is [X] in? It is in [Y].",
+        "[X] is one of the countries of [Y].",
+    ],
+    "P36": ["The capital of [X] is [Y].", "[X] has its capital in [Y].", "The capital city of [X] is the city of [Y]."],
+}
+
+
+def load_facts(relation, fold=0):
+    """The shipped facts of a relation, as splits `train`, `dev` and `test` with columns `sub_label` and `obj_label`.
+
+    Args:
+        relation: a key of `RELATIONS`.
+        fold: 0, 1 or 2. Each fold tests on another third, and the three tests together hold every subject once: small
+            relations are to be reported over all folds. No subject is in two splits of a fold.
+
+    Raises:
+        ValueError: an unknown relation or fold; the message lists the known ones.
+    """
+    if relation not in RELATIONS:
+        raise ValueError(f"unknown relation {relation!r}; known: {', '.join(RELATIONS)}")
+    if fold not in range(FOLDS):
+        raise ValueError(f"unknown fold {fold!r}; known: {', '.join(map(str, range(FOLDS)))}")
+    split_of = {(2 * fold + part) % 6: split for part, split in enumerate(["test"] * 2 + ["dev"] + ["train"] * 3)}
+    splits = {"train": [], "dev": [], "test": []}
+    for row in read_jsonl(CORPORA / "facts" / f"{relation}.jsonl", ("sub_label", "obj_label", "part")):
+        splits[split_of[row.pop("part")]].append(row)
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+def load_lama(path):
+    """Facts in LAMA's own format: one JSON object a line with at least `sub_label` and `obj_label`.
+
+    Args:
+        path: a JSONL file, which becomes the split `test`; or a folder with any of `train.jsonl`, `dev.jsonl` and
+            `test.jsonl`, as AutoPrompt and P-tuning lay them out.
+
+    Raises:
+        FileNotFoundError: nothing of that kind at `path`.
+        ValueError: an empty file, or a bad line, with the file and the line's number.
+    """
+    return _load_splits(Path(path), {"train": "train", "dev": "dev", "test": "test"}, ("sub_label", "obj_label"))
+
+
+def load_reviews(source=None):
+    """Sentences from movie reviews: columns `sentence` and `label` (0 negative, 1 positive), as in GLUE's SST-2.
+
+    Args:
+        source: None for the shipped 9,148 sentences (which also have the mean human `rating`, from -4 to 4); a folder
+            with SST-2's `train.jsonl`, `val.jsonl` and `test.jsonl`; or a hub id such as "stanfordnlp/sst2".
+    """
+    return _load_task(source, "reviews", None, ("sentence", "label"))
+
+
+def load_wic(source=None):
+    """Word in context: is `word` used in one sense in both sentences? Columns as in SuperGLUE's WiC.
+
+    The columns are `word`, `sentence1`, `sentence2`, `start1`, `end1`, `start2`, `end2` (characters) and `label`.
+
+    Args:
+        source: None for the shipped 2,830 pairs; a folder with SuperGLUE's `train.jsonl`, `val.jsonl` and `test.jsonl`
+            (whose test has no labels); or a hub id such as "aps/super_glue".
+    """
+    needed = ("word", "sentence1", "sentence2", "start1", "end1", "start2", "end2")
+    return _load_task(source, "wic", "wic", needed)
+
+
+def _load_task(source, shipped, configuration, needed):
+    if source is None:
+        return _load_splits(CORPORA / shipped, {"train": "train", "dev": "dev", "test": "test"}, (*needed, "label"))
+    if Path(source).is_dir():
+        return _load_splits(Path(source), {"train": "train", "val": "dev", "test": "test"}, needed)
+    try:
+        loaded = load_dataset(source, configuration)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load data set {str(source)!r}: it is no local folder with train.jsonl, val.jsonl and test.jsonl, "
+            f"and no data set of that id was reached on the hub. datasets says: {error}"
+        ) from error
+    return DatasetDict({"dev" if split == "validation" else split: rows for split, rows in loaded.items()})
+
+
+def _load_splits(path, split_of_file, needed):
+    files = {"test": path} if path.is_file() else {s: path / f"{f}.jsonl" for f, s in split_of_file.items()}
+    files = {split: file for split, file in files.items() if file.is_file()}
+    if not files:
+        wanted = ", ".join(f"{name}.jsonl" for name in split_of_file)
+        raise FileNotFoundError(f"no data at {path}: expected a JSONL file, or a folder with any of {wanted}")
+    rows = {split: read_jsonl(file, needed) for split, file in files.items()}
+    return DatasetDict({split: Dataset.from_list(split_rows) for split, split_rows in rows.items()})
+
+
+def read_jsonl(path, needed):
+    """The rows of a JSONL file, each a dict that has the keys `needed`; blank lines are skipped.
+
+    Raises:
+        ValueError: no rows, or a line that is no JSON object with these keys; the message names file and line.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
+                fault = f"has no {', '.join(missing)}" if missing else None
+            except json.JSONDecodeError as error:
+                fault = f"is not JSON: {error}"
+            if fault:
+                raise ValueError(f"{path}, line {number} {fault}; expected an object with {', '.join(needed)}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no rows; expected one JSON object a line, with {', '.join(needed)}")
+    return rows

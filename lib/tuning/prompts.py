@@ -1,0 +1,314 @@
+"""Prompts: templates, batched scoring, P@1, label words, calibration, and the search for better words.
+
+A template is text with two slots, `[X]` for the subject and `[Y]` for the answer, as in LAMA (Petroni et al., 2019). A
+causal model reads everything before `[Y]` and predicts the next token; a masked model reads its mask token at `[Y]`.
+"""
+
+import copy
+import inspect
+import re
+
+import torch
+import torch.nn.functional as F
+
+__all__ = [
+    "answer_id",
+    "answer_logits",
+    "bootstrap_interval",
+    "calibrate",
+    "class_log_probs",
+    "encode",
+    "few_shot",
+    "hits_at_1",
+    "hotflip",
+    "search_triggers",
+    "trigger_gradient",
+]
+
+
+def encode(tokenizer, template, subject, triggers=()):
+    """Token ids of `template` with `subject` at `[X]`, ready for `answer_logits`.
+
+    Args:
+        template: text with one `[X]` and one `[Y]`. `[T]` slots take the trigger tokens, in order.
+        triggers: one token id for each `[T]`.
+
+    Returns:
+        A list of ids. For a causal model it ends before `[Y]`; for a masked one `[Y]` is the mask token.
+
+    Raises:
+        ValueError: the template's slots are wrong for this tokenizer; the message shows a right one.
+    """
+    _check_template(tokenizer, template, triggers)
+    before, after = template.split("[Y]")
+    text = before + tokenizer.mask_token + after if tokenizer.mask_token else before
+    ids = []
+    for index, piece in enumerate(text.split("[T]")):
+        ids += [triggers[index - 1]] if index else []
+        ids += _tokens(tokenizer, piece.rstrip(" ").replace("[X]", subject))  # a space belongs to the word after it
+    return _add_special_tokens(tokenizer, ids)
+
+
+def few_shot(template, examples, separator="\n"):
+    """A template that shows solved examples before its own question.
+
+    Args:
+        examples: (subject, answer) pairs, shown in this order.
+    """
+    solved = [template.replace("[X]", subject).replace("[Y]", answer) for subject, answer in examples]
+    return separator.join([*solved, template])
+
+
+def answer_id(tokenizer, answer):
+    """The one token id of `answer` as it follows a space.
+
+    Raises:
+        ValueError: the answer is more than one token (or none).
+    """
+    ids = _tokens(tokenizer, " " + answer)
+    if len(ids) != 1:
+        pieces = tokenizer.convert_ids_to_tokens(ids)
+        raise ValueError(f"answer {answer!r} is {len(ids)} tokens for this model ({pieces}); use one-token answers")
+    return ids[0]
+
+
+@torch.no_grad()
+def answer_logits(model, tokenizer, prompts, batch_size=32):
+    """Logits of the token at `[Y]` for each prompt, whatever batch it lands in.
+
+    Three things make it fast: a prefix that all prompts share is read once, prompts of like length share a batch, and
+    only the answer's position goes through the output layer.
+
+    Args:
+        prompts: lists of token ids, from `encode`.
+
+    Returns:
+        (len(prompts), vocab_size) float32, on the CPU, in the order of `prompts`.
+
+    Raises:
+        ValueError: no prompts, or one that is longer than the model's context.
+    """
+    _check_prompts(model, prompts)
+    prefix = _read_shared_prefix(model, tokenizer, prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    logits = None
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        found = _forward(model, tokenizer, [prompts[index] for index in rows], prefix).float().cpu()
+        logits = torch.empty(len(prompts), found.shape[1]) if logits is None else logits
+        logits[rows] = found
+    return logits
+
+
+def hits_at_1(logits, answer_ids, candidates=None):
+    """Which prompts give their answer the highest score; their mean is P@1 (precision at 1).
+
+    Args:
+        logits: (n, vocab_size); answer_ids: n token ids.
+        candidates: token ids to choose among; the whole vocabulary if None.
+
+    Returns:
+        (n,) bool.
+    """
+    if candidates is not None:
+        others = torch.ones(logits.shape[1], dtype=torch.bool)
+        others[list(candidates)] = False
+        logits = logits.masked_fill(others, -torch.inf)
+    return logits.argmax(dim=1) == torch.as_tensor(answer_ids)
+
+
+def bootstrap_interval(hits, rounds=2000, level=0.95, seed=0):
+    """The percentile bootstrap interval of a mean, over items.
+
+    Args:
+        hits: (n,) bool or float; for a difference of two methods on the same items, the n differences.
+
+    Returns:
+        `(low, high)` floats.
+    """
+    values = torch.as_tensor(hits).double()
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randint(len(values), (rounds, len(values)), generator=generator)
+    tail = (1 - level) / 2
+    low, high = values[samples].mean(dim=1).quantile(torch.tensor([tail, 1 - tail]).double())
+    return low.item(), high.item()
+
+
+def class_log_probs(logits, words):
+    """Log-probability of each class, from the logits of its label words (the verbalizer).
+
+    Args:
+        logits: (n, vocab_size); words: for each class its label words' token ids.
+
+    Returns:
+        (n, classes), normalized over the classes.
+    """
+    per_class = [logits[:, ids].logsumexp(dim=1) for ids in words]
+    return torch.stack(per_class, dim=1).log_softmax(dim=1)
+
+
+def calibrate(log_probs, reference):
+    """Take out a prompt's preference for a class: what it says of the reference inputs on average.
+
+    With content-free inputs as reference this is contextual calibration (Zhao et al., 2021, with a difference of
+    log-probabilities); with unlabelled inputs of the task, batch calibration (Zhou et al., 2023).
+
+    Args:
+        log_probs: (n, classes); reference: (m, classes).
+    """
+    return (log_probs - reference.mean(dim=0)).log_softmax(dim=1)
+
+
+def trigger_gradient(model, tokenizer, template, triggers, facts):
+    """The gradient of the mean loss with respect to the embedding of each trigger token.
+
+    Args:
+        template: text with `[X]`, `[Y]` and a `[T]` for each trigger.
+        triggers: token ids; facts: (subject, answer token id) pairs.
+
+    Returns:
+        (len(triggers), hidden).
+    """
+    vectors = model.get_input_embeddings().weight[list(triggers)].detach().requires_grad_()  # (triggers, hidden)
+    slots = [-1 - index for index in range(len(triggers))]  # a negative id stands for a vector of ours
+    prompts = [encode(tokenizer, template, subject, slots) for subject, _ in facts]
+    answers = torch.tensor([answer for _, answer in facts], device=model.device)
+    loss = F.cross_entropy(_forward(model, tokenizer, prompts, vectors=vectors).float(), answers)
+    return torch.autograd.grad(loss, vectors)[0]
+
+
+def hotflip(gradient, embeddings, allowed, k):
+    """The `k` tokens that would lower the loss most, judged by its slope (Ebrahimi et al., 2018).
+
+    To first order, replacing a token's embedding by another's, `e`, changes the loss by `(e - current) . gradient`; the
+    second part is the same for all candidates.
+
+    Args:
+        gradient: (hidden,) at the token's place; embeddings: (vocab, hidden); allowed: (vocab,) bool.
+
+    Returns:
+        k token ids, the most promising first.
+    """
+    change = embeddings @ gradient  # (vocab,)
+    return change.masked_fill(~allowed, torch.inf).topk(k, largest=False).indices.tolist()
+
+
+def search_triggers(model, tokenizer, template, triggers, facts, allowed, steps, k=8, batch_size=16, seed=0):
+    """Discrete prompt search along the gradient, as in AutoPrompt (Shin et al., 2020).
+
+    Each step takes one trigger's place in turn, asks `hotflip` for `k` candidates on one batch of facts, scores them on
+    another, and keeps the best of them and the present token.
+
+    Args:
+        triggers: the token ids to start from; facts: (subject, answer token id) pairs to learn from.
+        allowed: (vocab,) bool, the tokens that may be used.
+
+    Yields:
+        `(triggers, loss)` after each step: the token ids, and their mean loss on that step's scoring batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = model.get_input_embeddings().weight.detach()
+    triggers = list(triggers)
+    for step in range(steps):
+        drawn = torch.randperm(len(facts), generator=generator)[: 2 * batch_size].tolist()
+        guiding = [facts[index] for index in drawn[:batch_size]]
+        scoring = [facts[index] for index in drawn[batch_size:]] or guiding
+        place = step % len(triggers)
+        gradient = trigger_gradient(model, tokenizer, template, triggers, guiding)[place]
+        tokens = [triggers[place], *hotflip(gradient, embeddings, allowed, k)]
+        tried = [[*triggers[:place], token, *triggers[place + 1 :]] for token in tokens]
+        losses = _losses(model, tokenizer, template, tried, scoring)
+        triggers = tried[losses.argmin()]
+        yield triggers, losses.min().item()
+
+
+def _losses(model, tokenizer, template, tried, facts):
+    """The mean loss of each list of triggers over `facts`, (len(tried),)."""
+    prompts = [encode(tokenizer, template, subject, triggers) for triggers in tried for subject, _ in facts]
+    answers = torch.tensor([answer for _, answer in facts] * len(tried))
+    losses = F.cross_entropy(answer_logits(model, tokenizer, prompts), answers, reduction="none")
+    return losses.view(len(tried), len(facts)).mean(dim=1)
+
+
+def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
+    """Logits at the answer, (len(prompts), vocab), on the model's device.
+
+    Causal prompts are padded on the left, so that the answer's place is last in each row, and positions count from each
+    prompt's first real token; masked prompts are padded on the right. `prefix` is what `_read_shared_prefix` made.
+    A negative id -1 - i stands for `vectors[i]`.
+    """
+    causal = tokenizer.mask_token is None
+    cache, skip = prefix or (None, 0)
+    rows = [torch.tensor(prompt[skip:]) for prompt in prompts]
+    side = "left" if causal else "right"
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).to(model.device)
+    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side=side).to(model.device)
+    inputs = {"input_ids": ids}
+    if vectors is not None:
+        embedded = model.get_input_embeddings()(ids.clamp(min=0)).detach()  # (batch, seq, hidden)
+        ours = (ids < 0).unsqueeze(-1)
+        inputs = {"inputs_embeds": torch.where(ours, vectors[(-1 - ids).clamp(min=0)], embedded)}
+    if not causal:
+        answer = (ids == tokenizer.mask_token_id).int().argmax(dim=1)
+        return model(**inputs, attention_mask=mask).logits[torch.arange(len(ids), device=ids.device), answer]
+    if cache is not None:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(ids))
+        mask = torch.cat([mask.new_ones(len(ids), skip), mask], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, skip:]
+    options = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": cache, "use_cache": cache is not None}
+    known = inspect.signature(model.forward).parameters  # not every model takes position_ids or logits_to_keep
+    options = {name: value for name, value in options.items() if name in known}
+    return model(**inputs, attention_mask=mask, **options).logits[:, -1]
+
+
+def _read_shared_prefix(model, tokenizer, prompts):
+    """The keys and values of the tokens that all prompts begin with, and their number; None if there are none."""
+    first, last = min(prompts), max(prompts)  # in sorted order these two differ the earliest
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, prompts)))
+    shared = min(shared, min(map(len, prompts)) - 1)  # each prompt keeps at least one token of its own
+    if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1:
+        return None
+    ids = torch.tensor([first[:shared]], device=model.device)
+    return model(input_ids=ids, use_cache=True).past_key_values, shared
+
+
+def _tokens(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+
+def _add_special_tokens(tokenizer, ids):
+    """`ids` between what the tokenizer puts around a text; a causal prompt stays open at its end."""
+    plain = _tokens(tokenizer, "a")
+    framed = tokenizer("a").input_ids
+    start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
+    return framed[:start] + ids + (framed[start + len(plain) :] if tokenizer.mask_token else [])
+
+
+def _check_template(tokenizer, template, triggers=()):
+    for slot in ("[X]", "[Y]"):
+        count = template.count(slot)
+        if count != 1:
+            fault = f"has no {slot} slot" if count == 0 else f"has {count} {slot} slots"
+            raise ValueError(f"template {template!r} {fault}; write one, e.g. 'The capital of [X] is [Y].'")
+    if template.count("[T]") != len(triggers):
+        raise ValueError(f"template {template!r} has {template.count('[T]')} [T] slots for {len(triggers)} triggers")
+    before, after = template.split("[Y]")
+    if tokenizer.mask_token is None and (not before.endswith(" ") or "[X]" in after or re.search(r"\w", after)):
+        raise ValueError(
+            f"template {template!r} does not suit a causal model, which reads only what stands before [Y] and answers "
+            "with a word after a space; end it on ' [Y]' or ' [Y].', e.g. 'The capital of [X] is [Y].'"
+        )
+
+
+def _check_prompts(model, prompts):
+    if not prompts:
+        raise ValueError("there are no prompts to score; is the data set empty?")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+    if limit and len(prompts[longest]) > limit:
+        raise ValueError(
+            f"prompt {longest} is {len(prompts[longest])} tokens long and the model's context holds {limit}; "
+            "shorten the template or show fewer examples"
+        )
