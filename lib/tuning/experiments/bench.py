@@ -1,0 +1,165 @@
+"""`make bench`: the budgets of the book, measured on this machine.
+
+    python -m tuning.experiments.bench            # minutes
+    python -m tuning.experiments.bench --bare     # also sets up and renders a bare clone
+
+Times are wall-clock seconds on an otherwise idle machine. Each speed ratio is measured side by side: both ways alternate
+in one run, and the median of the ratios is reported.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ..data import TEMPLATES, load_facts
+from ..models import default_device, load_lm
+from ..prompts import answer_logits, encode, few_shot
+from .record import RESULTS, Recorder, machine
+
+ROOT = Path(__file__).parents[3]
+BUDGETS = {  # from the design: the largest value allowed, or the smallest where `at_least`
+    "second model load, s": (4, False),
+    "zero-shot prompts, batches against one by one, times": (2.5, True),
+    "few-shot prompts, batches against one by one, times": (2.5, True),
+    "make book when set up, s": (60, False),
+    "make book from a bare clone, s": (360, False),
+    "chapter, s": (150, False),
+    "chapter, peak memory, GB": (6, False),
+    "largest page, MB": (1.5, False),
+}
+
+
+def median_seconds(function, rounds=5):
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_load(device):
+    load_lm(device=device)  # the conversion, if it has not been done
+    return {"second model load, s": median_seconds(lambda: load_lm(device=device))}
+
+
+def measure_scoring(model, tokenizer, rounds=5, n=48):
+    """Prompts a second in batches, and how many times the rate of one forward pass a prompt; equal predictions."""
+    facts = load_facts("P17")["dev"].select(range(n))
+    template = TEMPLATES["P17"][7]
+    shots = [(row["sub_label"], row["obj_label"]) for row in load_facts("P17")["train"].select(range(4))]
+    measured = {}
+    for name, shown in {"zero-shot": template, "few-shot": few_shot(template, shots)}.items():
+        prompts = [encode(tokenizer, shown, subject) for subject in facts["sub_label"]]
+        ratios, rates = [], []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            with torch.no_grad():
+                singles = [model(torch.tensor([ids], device=model.device)).logits[0, -1].argmax() for ids in prompts]
+            middle = time.perf_counter()
+            together = answer_logits(model, tokenizer, prompts).argmax(dim=1)
+            end = time.perf_counter()
+            ratios.append((middle - start) / (end - middle))
+            rates.append(n / (end - middle))
+            if not torch.equal(torch.stack(singles).cpu(), together):
+                raise AssertionError(f"{name}: batches predict otherwise than single prompts")
+        measured[f"{name} prompts, batches against one by one, times"] = statistics.median(ratios)
+        measured[f"{name} prompts a second"] = statistics.median(rates)
+        measured[f"{name} prompt length, tokens"] = sum(map(len, prompts)) / n
+    return measured
+
+
+def run_timed(command, cwd=ROOT):
+    """Seconds and the peak memory (GB) of the largest process that `command` started; its failure is an error."""
+    code = (
+        "import json, resource, subprocess, sys, time\n"
+        "start = time.perf_counter()\n"
+        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)\n"
+        "peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6\n"
+        "print(json.dumps([done.returncode, time.perf_counter() - start, peak, done.stdout[-3000:]]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    returncode, seconds, peak, output = json.loads(done.stdout)
+    if returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{output}")
+    return seconds, peak
+
+
+def measure_chapter(path):
+    with tempfile.TemporaryDirectory() as out:
+        nbconvert = [sys.executable, "-m", "nbconvert", "--execute", "--to", "notebook", "--output-dir", out, path]
+        seconds, peak = run_timed(nbconvert)
+    return {"chapter, s": seconds, "chapter, peak memory, GB": peak}
+
+
+def measure_book():
+    run_timed(["make", "book"])
+    again, _ = run_timed(["make", "book"])
+    html = ROOT / "_build" / "html"
+    sizes = {}
+    for page in html.glob("book/**/*.html"):
+        images = [html / "_images" / name for name in page_images(page)]
+        sizes[page.stem] = (page.stat().st_size + sum(image.stat().st_size for image in images)) / 1e6
+    return {"make book when set up, s": again, "largest page, MB": max(sizes.values()), "pages, MB": sizes}
+
+
+def page_images(page):
+    return set(re.findall(r'src="[./]*_images/([^"]+)"', page.read_text(encoding="utf-8")))
+
+
+def measure_bare():
+    """Clone, set up and render in a new folder; the packages come from the network or pip's cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", str(ROOT), f"{folder}/book"], check=True)
+        environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+        start = time.perf_counter()
+        subprocess.run(["make", "book"], cwd=f"{folder}/book", env=environment, check=True)
+        return {"make book from a bare clone, s": time.perf_counter() - start}
+
+
+def table(pieces):
+    """Lines of what was measured, with its budget where it has one."""
+    lines = [f"{'what':62} {'measured':>9} {'budget':>9}"]
+    for key, measured in pieces.items():
+        for name, value in measured.items():
+            if isinstance(value, dict):
+                continue
+            budget, at_least = BUDGETS.get(name, (None, False))
+            sign = "" if budget is None else ("≥ " if at_least else "≤ ") + str(budget)
+            missed = budget is not None and (value < budget if at_least else value > budget)
+            label = f"{Path(key).name}: {name}" if key.startswith("chapter/") else name
+            lines.append(f"{label[:62]:62} {value:9.2f} {sign:>9}{'  MISSED' if missed else ''}")
+    return lines
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--bare", action="store_true", help="also time `make book` from a bare clone")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
+    options = parser.parse_args(arguments)
+    chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+    device = options.device or default_device()
+    recorder = Recorder("bench", options.out, device, 3 + len(chapters) + options.bare, machine=machine())
+    recorder.piece("load", lambda: measure_load(device))
+    recorder.piece("scoring", lambda: measure_scoring(*load_lm(device=device)))
+    for path in chapters:
+        recorder.piece(f"chapter/{path.stem}", lambda path=path: measure_chapter(path))
+    recorder.piece("book", measure_book)
+    if options.bare:
+        recorder.piece("bare", measure_bare)
+    print("\n".join([f"\n{machine()}, torch {torch.__version__}", *table(recorder.pieces)]))
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()

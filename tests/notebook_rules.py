@@ -1,0 +1,167 @@
+"""The rules every notebook of the book keeps; `violations` lists what breaks them."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "lib" / "tuning"
+# Modules whose `__all__` names the core algorithms, each of which some chapter must show.
+METHOD_MODULES = ("prompts", "p_tuning", "nf4", "lora", "qlora", "memory", "lomo", "training")
+IGNORE_OUTPUT = "nbval-ignore-output"
+TAGS = {IGNORE_OUTPUT, "hide-input", "remove-input", "readme-picture"}
+MARKER = re.compile(r"# tuning/(\w+)\.py")
+LIKE_A_MARKER = re.compile(r"#.*tuning\s*[/.\\]\s*\w+\s*\.?\s*py|#\s*nbval|#\s*pytest", re.IGNORECASE)
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/])(?:/(?:home|root|Users|tmp|work|opt|var|mnt|usr|content)/|[A-Z]:\\)[\w.-]"
+    r"|(?:site|dist)-packages|\.pyenv|ipykernel_\d"
+)
+CARD = ("**You will build**", "**You need**", "**Cost**", "**Download**")
+LONGEST_CELL = 40
+
+
+def read_library(module):
+    """The source of a module of the library, or None if there is no such module."""
+    path = LIBRARY / f"{module}.py"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def code_cells(book):
+    return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def definitions(source):
+    """name -> syntax tree (as text, without docstrings) of the functions and classes at the top of `source`."""
+    tree = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+                    inner.body = inner.body[1:] or [ast.Pass()]
+            found[node.name] = ast.dump(node)
+    return found
+
+
+def marked(book):
+    """(cell, module, definitions) of the cells that show the library's code."""
+    for cell in code_cells(book):
+        match = MARKER.fullmatch(cell.source.splitlines()[0])
+        if match:
+            yield cell, match[1], definitions(cell.source)
+
+
+def exported(source):
+    """The names in a module's `__all__`."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", None) == "__all__" for target in node.targets):
+            return ast.literal_eval(node.value)
+    return []
+
+
+def asserts(cell):
+    return any(re.match(r"\s*assert\b", line) for line in cell.source.splitlines()) or "assert_close(" in cell.source
+
+
+def violations(book, setup, library=read_library, chapter=True):
+    """What in a notebook breaks the rules, as a list of sentences; empty if nothing does.
+
+    Args:
+        book: the notebook, as `nbformat` reads it.
+        setup: the text its setup cell must have.
+        library: a function from a module's name to its source, or None.
+        chapter: whether it is a chapter, which has a card.
+    """
+    found = []
+    cells = code_cells(book)
+    counts = [cell.execution_count for cell in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        found.append(f"not executed from top to bottom: execution counts {counts}")
+    if not any(cell.outputs for cell in cells):
+        found.append("no cell has an output: the notebook was stripped")
+    if not cells or cells[0].source != setup:
+        found.append("the first code cell is not the setup cell")
+    if chapter:
+        text = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+        found += [f"the card lacks {entry}" for entry in CARD if entry not in text]
+    for cell in book.cells:
+        if cell.cell_type == "markdown" and re.search(
+            r"^(```|:::)\s*\{|\{(cite|ref|doc|term)", cell.source, re.MULTILINE
+        ):
+            found.append(f"a directive that Colab shows raw: {cell.source[:50]!r}")
+        if MACHINE_PATH.search(cell.source):
+            found.append(f"a path of a machine in {MACHINE_PATH.search(cell.source)[0]!r}")
+    for number, cell in enumerate(cells, start=1):
+        found += [f"cell {number}: {fault}" for fault in cell_faults(cell)]
+        ignored = IGNORE_OUTPUT in cell.metadata.get("tags", [])
+        if ignored and not any(asserts(near) for near in cells[number - 1 : number + 1]):
+            found.append(f"cell {number}: its output is ignored, and neither it nor the next cell asserts anything")
+    return found + marker_faults(book, library)
+
+
+def cell_faults(cell):
+    """What is wrong with one code cell and its outputs."""
+    tags = cell.metadata.get("tags", [])
+    for tag in tags:
+        if tag not in TAGS:
+            yield f"unknown tag {tag!r}; known: {', '.join(sorted(TAGS))}"
+    if cell.source.count("\n") >= LONGEST_CELL:
+        yield f"{cell.source.count(chr(10)) + 1} lines; at most {LONGEST_CELL}"
+    for line in cell.source.splitlines():
+        if LIKE_A_MARKER.search(line) and not MARKER.fullmatch(line):
+            yield f"a marker with a typo, or a marker that must be a tag: {line!r}"
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if output.output_type == "error":
+            yield f"an error output: {output.ename}"
+        if MACHINE_PATH.search(
+            str(output.get("text", "")) + str(data.get("text/plain", "")) + str(data.get("text/html"))
+        ):
+            yield "a path of a machine in its output"
+        if "image/svg+xml" in data:
+            yield "an SVG figure; figures are PNG"
+        alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        if "image/png" in data and len(alt) < 20:
+            yield "a figure without alternative text in metadata.mystnb.image.alt"
+
+
+def marker_faults(book, library):
+    """Where a cell that claims to show the library's code does not, or is not followed by the library's own."""
+    cells = code_cells(book)
+    for cell, module, shown in marked(book):
+        source = library(module)
+        if source is None:
+            yield f"marker '# tuning/{module}.py': the library has no such module"
+            continue
+        if not shown:
+            yield f"marker '# tuning/{module}.py' on a cell without a definition"
+        real = definitions(source)
+        for name, tree in shown.items():
+            if name not in real:
+                yield f"{name}: not in tuning/{module}.py"
+            elif tree != real[name]:
+                yield f"{name}: the shown code is not that of tuning/{module}.py"
+        following = cells[cells.index(cell) + 1].source if cell is not cells[-1] else ""
+        imported = re.match(rf"from tuning\.{module} import (.+)", following)
+        names = set(re.split(r"[,\s]+", imported[1])) if imported else set()
+        for name in shown.keys() - names:
+            yield f"{name}: the cell after the marked one does not import the library's"
+
+
+def unshown(books, library=read_library):
+    """Core algorithms of the method modules that no notebook shows in a marked cell."""
+    shown = {(module, name) for book in books for _, module, names in marked(book) for name in names}
+    sources = {module: library(module) for module in METHOD_MODULES}
+    return [
+        f"tuning/{module}.py: no chapter shows {name}"
+        for module, source in sources.items()
+        if source is not None
+        for name in exported(source)
+        if (module, name) not in shown
+    ]
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)

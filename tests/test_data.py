@@ -1,0 +1,153 @@
+import json
+from collections import Counter
+
+import pytest
+from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_reviews, load_wic
+from tuning.prompts import answer_id, encode
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_facts_of_a_relation(relation, smollm2):
+    tokenizer = smollm2[1]
+    tested = []
+    for fold in range(3):
+        facts = load_facts(relation, fold)
+        subjects = {split: set(rows["sub_label"]) for split, rows in facts.items()}
+        assert set(subjects) == {"train", "dev", "test"}
+        assert not (subjects["train"] & subjects["dev"] | subjects["dev"] & subjects["test"])
+        assert not subjects["train"] & subjects["test"]
+        tested += facts["test"]["sub_label"]
+        for row in facts["test"]:
+            answer_id(tokenizer, row["obj_label"])  # raises if it is more than one token
+            assert row["obj_label"].lower() not in row["sub_label"].lower()
+    everything = [subject for rows in load_facts(relation).values() for subject in rows["sub_label"]]
+    assert sorted(tested) == sorted(everything) and len(set(everything)) == len(everything)
+
+
+def test_sizes_and_the_same_splits_every_time():
+    assert [len(rows) for rows in load_facts("P17").values()] == [1595, 532, 1064]
+    for relation in ("P1376", "P37", "P30"):
+        assert sum(len(rows) for rows in load_facts(relation).values()) > 100
+    again = [load_facts("P17")["test"][:] for _ in range(2)]
+    assert again[0] == again[1] != load_facts("P17", fold=1)["test"][:]
+
+
+def test_corrected_faults_of_the_sources():
+    capitals = {row["obj_label"]: row["sub_label"] for rows in load_facts("P1376").values() for row in rows}
+    assert capitals["Kazakhstan"] == "Astana" and capitals["Ukraine"] == "Kyiv" and "Vatican" not in capitals
+    languages = {row["sub_label"]: row["obj_label"] for rows in load_facts("P37").values() for row in rows}
+    assert languages["Serbia"] == "Serbian" and languages["Malaysia"] == "Malay" and languages["Israel"] == "Hebrew"
+    assert not {"Switzerland", "Mali", "Canada", "Western Sahara"} & set(languages)
+
+
+def test_no_city_is_a_capital_or_ambiguous():
+    cities = {row["sub_label"] for rows in load_facts("P17").values() for row in rows}
+    capitals = {row["sub_label"] for rows in load_facts("P1376").values() for row in rows}
+    assert not cities & capitals
+    assert "Osaka" in cities and "Barcelona" in cities  # Venezuela has a smaller one, ten times smaller
+
+
+def test_templates_suit_a_causal_model(smollm2):
+    for relation, templates in TEMPLATES.items():
+        assert len(templates) >= 8 or relation == "P36"
+        assert len(set(templates)) == len(templates)
+        for template in templates:
+            assert encode(smollm2[1], template, "Osaka")
+
+
+@pytest.mark.parametrize(("load", "n"), [(load_reviews, [7148, 1000, 1000]), (load_wic, [1630, 400, 800])])
+def test_classification_data_is_balanced_and_does_not_leak(load, n):
+    data = load()
+    assert [len(data[split]) for split in ("train", "dev", "test")] == n
+    for rows in data.values():
+        assert set(Counter(rows["label"]).values()) == {len(rows) // 2}
+    keys = ["sentence"] if "sentence" in data["train"].column_names else ["sentence1", "sentence2"]
+    texts = {split: {text.lower() for key in keys for text in rows[key]} for split, rows in data.items()}
+    assert not texts["train"] & texts["dev"] and not texts["train"] & texts["test"] and not texts["dev"] & texts["test"]
+
+
+def test_wic_marks_the_word_and_shares_none_between_splits():
+    data = load_wic()
+    words = {split: set(rows["word"]) for split, rows in data.items()}
+    assert not words["train"] & words["test"] and not words["dev"] & words["test"]
+    for row in data["dev"]:
+        for side in "12":
+            form = row[f"sentence{side}"][row[f"start{side}"] : row[f"end{side}"]].lower()
+            assert form[0] == row["word"][0] or form in ("is", "was", "were", "went", "better", "worse"), (form, row)
+
+
+def test_reviews_label_is_the_sign_of_a_clear_rating():
+    for row in load_reviews()["test"]:
+        assert abs(row["rating"]) >= 1 and row["label"] == (row["rating"] > 0)
+
+
+@pytest.mark.parametrize("bad", ["P18", "p17", "", None])
+def test_unknown_relation_lists_the_known_ones(bad):
+    with pytest.raises(ValueError, match="known: P17, P1376, P37, P30, P36"):
+        load_facts(bad)
+
+
+def test_unknown_fold():
+    with pytest.raises(ValueError, match="unknown fold 3; known: 0, 1, 2"):
+        load_facts("P17", fold=3)
+
+
+def test_lama_files_of_ones_own(tmp_path):
+    row = {"sub_label": "Paris", "obj_label": "France", "uuid": "1", "sub_uri": "Q90", "predicate_id": "P17"}
+    alone = load_lama(write(tmp_path / "P17.jsonl", [row]))
+    assert alone["test"][0] == row
+    for split in ("train", "dev", "test"):
+        write(tmp_path / f"{split}.jsonl", [row, row])
+    assert {split: len(rows) for split, rows in load_lama(tmp_path).items()} == {"train": 2, "dev": 2, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"sub_label": "Paris", ', "line 2 is not JSON"),
+        ('{"sub_label": "Paris"}', "line 2 has no obj_label"),
+        ('["Paris", "France"]', "line 2 has no sub_label, obj_label"),
+    ],
+)
+def test_bad_lama_line_names_file_and_line(line, fault, tmp_path):
+    path = tmp_path / "P17.jsonl"
+    path.write_text('{"sub_label": "Rome", "obj_label": "Italy"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"P17.jsonl, {fault}.*expected an object with sub_label, obj_label"):
+        load_lama(path)
+
+
+def test_empty_and_missing_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty.jsonl holds no rows"):
+        load_lama(tmp_path / "empty.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"expected a JSONL file, or a folder with any of train.jsonl"):
+        load_lama(tmp_path / "nothing")
+
+
+def test_superglue_and_sst2_folders(tmp_path):
+    row = {"word": "place", "sentence1": "a place", "sentence2": "to place", "start1": 2, "end1": 7, "start2": 3}
+    row |= {"end2": 8, "idx": 0, "version": 1.1}
+    wic = tmp_path / "WiC"
+    wic.mkdir()
+    write(wic / "train.jsonl", [row | {"label": True}])
+    write(wic / "val.jsonl", [row | {"label": False}])
+    write(wic / "test.jsonl", [row])
+    loaded = load_wic(wic)
+    assert list(loaded) == ["train", "dev", "test"] and loaded["dev"][0]["label"] is False
+    assert "label" not in loaded["test"].column_names and load_wic()["train"].features.keys() >= row.keys() - {
+        "version"
+    }
+    sst2 = tmp_path / "SST-2"
+    sst2.mkdir()
+    write(sst2 / "train.jsonl", [{"sentence": "good", "label": 1}])
+    assert load_reviews(sst2)["train"][0]["label"] == 1
+
+
+def test_a_data_set_that_is_nowhere(tmp_path):
+    with pytest.raises(ValueError, match=r"it is no local folder with train\.jsonl"):
+        load_wic("nobody/no-such-data-set")

