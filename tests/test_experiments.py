@@ -108,8 +108,7 @@ def test_probe_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
 
 
 def test_triggers_may_not_be_answers_or_names(smollm2):
-    one = probe.Probe(*smollm2, "P17", 8)
-    allowed = probe.allowed_tokens(one)
+    allowed = probe.allowed_tokens(*smollm2, probe.Probe(*smollm2, "P17", 8).candidates)
     encode = lambda text: smollm2[1](text).input_ids[0]  # noqa: E731
     assert allowed[encode(" the")] and allowed[encode(" country")]
     assert not any(allowed[encode(text)] for text in (" France", " Paris", "<|im_end|>", "\n"))

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from cycler import cycler
 
-__all__ = ["COLORS", "dots_with_intervals", "figure"]
+__all__ = ["COLORS", "dots_with_intervals", "figure", "panels"]
 
 # Okabe and Ito's colours, which differ in lightness too; the hatches and markers of a figure tell the rest.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F"]
@@ -33,9 +33,24 @@ def figure(title, xlabel=None, ylabel=None, size=(7, 3.2)):
     Returns:
         `(figure, axes)`.
     """
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(figsize=size)
-        axes.set(title=title, xlabel=xlabel or "", ylabel=ylabel or "")
+    plt.rcParams.update(STYLE)
+    fig, axes = plt.subplots(figsize=size)
+    axes.set(title=title, xlabel=xlabel or "", ylabel=ylabel or "")
+    return fig, axes
+
+
+def panels(title, width_ratios=(1, 1), size=(7, 3.4)):
+    """A figure with several pairs of axes side by side, under one title.
+
+    Args:
+        width_ratios: one number a panel.
+
+    Returns:
+        `(figure, axes)`, with one of the axes a panel.
+    """
+    plt.rcParams.update(STYLE)
+    fig, axes = plt.subplots(1, len(width_ratios), figsize=size, width_ratios=width_ratios)
+    fig.suptitle(title, x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
     return fig, axes
 
 

@@ -3,8 +3,8 @@
     python -m tuning.experiments.bench            # minutes
     python -m tuning.experiments.bench --bare     # also sets up and renders a bare clone
 
-Times are wall-clock seconds on an otherwise idle machine. Each speed ratio is measured side by side: both ways alternate
-in one run, and the median of the ratios is reported.
+Times are wall-clock seconds on an otherwise idle machine. Each speed ratio is measured side by side: both ways
+alternate in one run, and the median of the ratios is reported.
 """
 
 import argparse

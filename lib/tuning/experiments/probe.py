@@ -165,17 +165,20 @@ def score_controls(probe, template, random_model):
     }
 
 
-def allowed_tokens(probe):
-    """The tokens a trigger may be: no special token, no piece of a character, no capitalized word, no answer.
+def allowed_tokens(model, tokenizer, answers):
+    """The tokens a trigger may be: no special token, no piece of a character, no capitalized word, none of `answers`.
 
     Without the last two the search writes the frequent answers into the prompt (AutoPrompt filters likewise).
+
+    Returns:
+        (vocab,) bool, on the model's device.
     """
-    size = probe.model.get_input_embeddings().num_embeddings
-    texts = probe.tokenizer.batch_decode([[token] for token in range(size)])
-    allowed = [text.strip() == text.strip().lower() and "\ufffd" not in text and bool(text.strip()) for text in texts]
+    size = model.get_input_embeddings().num_embeddings
+    texts = tokenizer.batch_decode([[token] for token in range(size)])
+    allowed = [text == text.lower() and "\ufffd" not in text and bool(text.strip()) for text in texts]
     allowed = torch.tensor(allowed)
-    allowed[probe.tokenizer.all_special_ids + probe.candidates] = False
-    return allowed
+    allowed[[*tokenizer.all_special_ids, *answers]] = False
+    return allowed.to(model.device)
 
 
 def search_tokens(probe, start, seed, steps, check_every=3):
@@ -187,9 +190,8 @@ def search_tokens(probe, start, seed, steps, check_every=3):
     triggers = [answer_id(probe.tokenizer, word) for word in start]
     best = {"step": 0, "triggers": triggers, "dev": probe.report(template, dev, triggers)["p_at_1"]}
     path = [{**best, "loss": None}]
-    steps_taken = search_triggers(
-        probe.model, probe.tokenizer, template, triggers, train, allowed_tokens(probe), steps, seed=seed
-    )
+    allowed = allowed_tokens(probe.model, probe.tokenizer, probe.candidates)
+    steps_taken = search_triggers(probe.model, probe.tokenizer, template, triggers, train, allowed, steps, seed=seed)
     for step, (triggers, loss) in enumerate(steps_taken, start=1):
         now = {"step": step, "triggers": triggers}
         if step % check_every == 0 or step == steps:
