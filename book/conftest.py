@@ -1,4 +1,4 @@
-"""How nbval compares the book's notebooks: everything but stderr, where warnings and progress go."""
+"""How nbval compares the notebooks: all but stderr, where warnings and progress go."""
 
 import os
 

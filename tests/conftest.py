@@ -47,7 +47,7 @@ def tiny_gpt2(tmp_path_factory, smollm2):
 
     folder = tmp_path_factory.mktemp("tiny-gpt2")
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    config = GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=2, n_positions=256, initializer_range=0.5)
     GPT2LMHeadModel(config).save_pretrained(folder)
     smollm2[1].save_pretrained(folder)
     return folder

@@ -98,7 +98,7 @@ def violations(book, setup, library=read_library, chapter=True):
         ignored = IGNORE_OUTPUT in cell.metadata.get("tags", [])
         if ignored and not any(asserts(near) for near in cells[number - 1 : number + 1]):
             found.append(f"cell {number}: its output is ignored, and neither it nor the next cell asserts anything")
-    return found + marker_faults(book, library)
+    return found + list(marker_faults(book, library))
 
 
 def cell_faults(cell):

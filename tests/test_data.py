@@ -5,6 +5,9 @@ import pytest
 from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_reviews, load_wic
 from tuning.prompts import answer_id, encode
 
+# Known, and named in corpora/README.md: left in, so that the relation keeps all its countries.
+SAYS_ITS_ANSWER = {"Czechia", "South Africa", "Central African Republic"}
+
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -24,7 +27,8 @@ def test_facts_of_a_relation(relation, smollm2):
         tested += facts["test"]["sub_label"]
         for row in facts["test"]:
             answer_id(tokenizer, row["obj_label"])  # raises if it is more than one token
-            assert row["obj_label"].lower() not in row["sub_label"].lower()
+            if row["sub_label"] not in SAYS_ITS_ANSWER:
+                assert row["obj_label"].lower() not in row["sub_label"].lower()
     everything = [subject for rows in load_facts(relation).values() for subject in rows["sub_label"]]
     assert sorted(tested) == sorted(everything) and len(set(everything)) == len(everything)
 

