@@ -6,7 +6,7 @@ from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_review
 from tuning.prompts import answer_id, encode
 
 # Known, and named in corpora/README.md: left in, so that the relation keeps all its countries.
-SAYS_ITS_ANSWER = {"Czechia", "South Africa", "Central African Republic"}
+SAYS_ITS_ANSWER = {"Czechia", "Thailand", "Laos", "South Africa", "Central African Republic"}
 
 
 def write(path, rows):
@@ -53,7 +53,7 @@ def test_no_city_is_a_capital_or_ambiguous():
     cities = {row["sub_label"] for rows in load_facts("P17").values() for row in rows}
     capitals = {row["sub_label"] for rows in load_facts("P1376").values() for row in rows}
     assert not cities & capitals
-    assert "Osaka" in cities and "Barcelona" in cities  # Venezuela has a smaller one, ten times smaller
+    assert {"Osaka", "Milan", "Lyon"} <= cities and "Barcelona" not in cities  # Venezuela has a large one too
 
 
 def test_templates_suit_a_causal_model(smollm2):
