@@ -6,7 +6,15 @@ from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_review
 from tuning.prompts import answer_id, encode
 
 # Known, and named in corpora/README.md: left in, so that the relation keeps all its countries.
-SAYS_ITS_ANSWER = {"Czechia", "Thailand", "Laos", "South Africa", "Central African Republic"}
+SAYS_ITS_ANSWER = {
+    "South Africa",
+    "Central African Republic",
+    "Czechia",
+    "French Guiana",
+    "French Polynesia",
+    "Germany",
+}
+SAYS_ITS_ANSWER |= {"Laos", "Malaysia", "Thailand", "Uzbekistan"}
 
 
 def write(path, rows):
