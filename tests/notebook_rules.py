@@ -116,6 +116,8 @@ def cell_faults(cell):
         data = output.get("data", {})
         if output.output_type == "error":
             yield f"an error output: {output.ename}"
+        if output.get("name") == "stderr":
+            yield "stderr in its output: warnings or a progress bar; `make run` leaves them out"
         if MACHINE_PATH.search(
             str(output.get("text", "")) + str(data.get("text/plain", "")) + str(data.get("text/html"))
         ):

@@ -111,6 +111,10 @@ def set_output(index, text):
     return change
 
 
+def progress_bar(book):
+    book.cells[5].outputs = [new_output("stream", name="stderr", text="100%|###| 9/9")]
+
+
 def no_alternative_text(book):
     del book.cells[6].metadata["mystnb"]
 
@@ -141,6 +145,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (strip_outputs_only, "the notebook was stripped"),
         (out_of_order, "execution counts"),
         (error_output, "an error output: ValueError"),
+        (progress_bar, "stderr in its output"),
         (set_source(1, SETUP + " "), "not the setup cell"),
         (set_source(1, SETUP.replace("==", ">=", 1)), "not the setup cell"),
         (drop_the_card, "the card lacks **You need**"),
@@ -225,13 +230,15 @@ def test_publish_refuses_what_is_no_repository(repository, tag, tmp_path):
 
 def test_run_executes_in_place_and_twice_the_same(tmp_path):
     path = tmp_path / "one.ipynb"
-    book = new_notebook(cells=[new_code_cell("print(1)\nprint(2)"), new_code_cell("1 + 1")])
+    first = "import sys\nprint(1)\nprint(2, file=sys.stderr)"
+    book = new_notebook(cells=[new_code_cell(first), new_code_cell("1 + 1")])
     nbformat.write(book, path)
     notebooks.run(path)
-    first = path.read_bytes()
+    saved = path.read_bytes()
     notebooks.run(path)
-    assert path.read_bytes() == first and b"execution_count" in first
+    assert path.read_bytes() == saved and b"execution_count" in saved
     assert [cell.execution_count for cell in read(path).cells] == [1, 2]
+    assert [output.get("name") for output in read(path).cells[0].outputs] == ["stdout"]
 
 
 def test_a_failing_run_leaves_the_notebook_as_it_was(tmp_path):

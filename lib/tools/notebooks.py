@@ -4,6 +4,7 @@ import argparse
 import base64
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -49,6 +50,10 @@ def run(path):
     client = NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}})
     client.execute()
     seconds = time.perf_counter() - start
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            if output.get("name") == "stderr":
+                print(output.text, end="", file=sys.stderr)
     write(normalize(book), path)
     return seconds
 
@@ -67,9 +72,11 @@ def normalize(book):
 
 
 def merge_streams(outputs):
-    """One output for consecutive pieces of one stream; how they were cut differs from run to run."""
+    """One output for consecutive pieces of stdout, which are cut otherwise in every run; no stderr (progress bars)."""
     merged = []
     for output in outputs:
+        if output.get("name") == "stderr":
+            continue
         if merged and output.output_type == merged[-1].output_type == "stream" and output.name == merged[-1].name:
             merged[-1].text += output.text
         else:
