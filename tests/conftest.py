@@ -51,3 +51,23 @@ def tiny_gpt2(tmp_path_factory, smollm2):
     GPT2LMHeadModel(config).save_pretrained(folder)
     smollm2[1].save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bert(tiny_bert):
+    from tuning.models import load_lm
+
+    return load_lm(tiny_bert, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gpt2(tiny_gpt2):
+    from tuning.models import load_lm
+
+    return load_lm(tiny_gpt2, device="cpu")
+
+
+@pytest.fixture
+def lm(request):
+    """The model and tokenizer of the fixture that a test is parametrized with."""
+    return request.getfixturevalue(request.param)

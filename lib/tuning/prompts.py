@@ -73,7 +73,7 @@ def answer_id(tokenizer, answer):
 
 
 @torch.no_grad()
-def answer_logits(model, tokenizer, prompts, batch_size=32):
+def answer_logits(model, tokenizer, prompts, batch_size=32, vectors=None):
     """Logits of the token at `[Y]` for each prompt, whatever batch it lands in.
 
     Three things make it fast: a prefix that all prompts share is read once, prompts of like length share a batch, and
@@ -81,6 +81,7 @@ def answer_logits(model, tokenizer, prompts, batch_size=32):
 
     Args:
         prompts: lists of token ids, from `encode`.
+        vectors: (length, hidden); a negative id -1 - i in the prompts stands for `vectors[i]`.
 
     Returns:
         (len(prompts), vocab_size) float32, on the CPU, in the order of `prompts`.
@@ -89,12 +90,12 @@ def answer_logits(model, tokenizer, prompts, batch_size=32):
         ValueError: no prompts, or one that is longer than the model's context.
     """
     _check_prompts(model, tokenizer, prompts)
-    prefix = _read_shared_prefix(model, tokenizer, prompts)
+    prefix = _read_shared_prefix(model, tokenizer, prompts, vectors)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     logits = None
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        found = _forward(model, tokenizer, [prompts[index] for index in rows], prefix).float().cpu()
+        found = _forward(model, tokenizer, [prompts[index] for index in rows], prefix, vectors).float().cpu()
         logits = torch.empty(len(prompts), found.shape[1]) if logits is None else logits
         logits[rows] = found
     return logits
@@ -244,11 +245,7 @@ def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).to(model.device)
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side=side).to(model.device)
-    inputs = {"input_ids": ids}
-    if vectors is not None:
-        embedded = model.get_input_embeddings()(ids.clamp(min=0)).detach()  # (batch, seq, hidden)
-        ours = (ids < 0).unsqueeze(-1)
-        inputs = {"inputs_embeds": torch.where(ours, vectors[(-1 - ids).clamp(min=0)], embedded)}
+    inputs = _inputs(model, ids, vectors)
     if not causal:
         answer = (ids == tokenizer.mask_token_id).int().argmax(dim=1)
         return model(**inputs, attention_mask=mask).logits[torch.arange(len(ids), device=ids.device), answer]
@@ -262,13 +259,22 @@ def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
     return model(**inputs, attention_mask=mask, **options).logits[:, -1]
 
 
+def _inputs(model, ids, vectors):
+    """What the model's forward takes: the ids, or embeddings in which `vectors` stand at the negative ids."""
+    if vectors is None:
+        return {"input_ids": ids}
+    embedded = model.get_input_embeddings()(ids.clamp(min=0))  # (batch, seq, hidden)
+    ours = vectors.to(embedded.device, embedded.dtype)[(-1 - ids).clamp(min=0)]
+    return {"inputs_embeds": torch.where((ids < 0).unsqueeze(-1), ours, embedded)}
+
+
 def _takes(model, option):
     """Whether the model's forward takes `option`; a wrapper such as peft's takes anything and passes it on."""
     parameters = inspect.signature(model.forward).parameters
     return option in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-def _read_shared_prefix(model, tokenizer, prompts):
+def _read_shared_prefix(model, tokenizer, prompts, vectors=None):
     """The keys and values of the tokens that all prompts begin with, and their number; None if there are none."""
     first, last = min(prompts), max(prompts)  # in sorted order these two differ the earliest
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, prompts)))
@@ -276,7 +282,7 @@ def _read_shared_prefix(model, tokenizer, prompts):
     if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1 or not _takes(model, "past_key_values"):
         return None
     ids = torch.tensor([first[:shared]], device=model.device)
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    cache = getattr(model(**_inputs(model, ids, vectors), use_cache=True), "past_key_values", None)
     return (cache, shared) if hasattr(cache, "batch_repeat_interleave") else None
 
 

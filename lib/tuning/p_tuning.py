@@ -1,0 +1,208 @@
+"""Prompts of free vectors: prompt tuning (Lester et al., 2021) and P-tuning (Liu et al., 2021).
+
+A template of this module has, besides `[X]` and `[Y]`, slots `[P]` for pseudo tokens, among words or alone. A pseudo
+token has no row in the embedding matrix: its vector comes from a prompt encoder. In the lists of token ids the i-th
+pseudo token has the id -1 - i.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .prompts import _check_prompts, _forward, _tokens, answer_logits, encode
+
+__all__ = ["PromptEncoder", "PromptVectors", "answer_loss", "encode_pseudo", "nearest_tokens", "soften"]
+
+
+class PromptVectors(nn.Module):
+    """Prompt tuning: the vectors themselves are the parameters.
+
+    Args:
+        start: (length, hidden), where they begin.
+    """
+
+    def __init__(self, start):
+        super().__init__()
+        self.vectors = nn.Parameter(start.detach().clone().float())
+
+    def forward(self):
+        return self.vectors  # (length, hidden)
+
+
+class PromptEncoder(nn.Module):
+    """P-tuning's prompt encoder h: an embedding, a bidirectional LSTM of two layers and a two-layer MLP (section 3.2).
+
+    With `start` the vectors are `start` plus what the network says, whose last layer begins at zero: training then
+    begins exactly at `start`, e.g. at a handcrafted prompt. That part is this book's, not the paper's.
+
+    Args:
+        length: the number of pseudo tokens; hidden_size: of the language model, even.
+        start: None or (length, hidden).
+        lstm_layers: 2 as in the paper; 0 leaves the LSTM out.
+    """
+
+    def __init__(self, length, hidden_size, start=None, lstm_layers=2):
+        super().__init__()
+        self.embedding = nn.Embedding(length, hidden_size)
+        self.lstm = None
+        if lstm_layers and hidden_size % 2:
+            raise ValueError(f"a hidden size of {hidden_size} cannot be halved between the LSTM's two directions")
+        if lstm_layers:
+            half = hidden_size // 2  # each direction gives half of the output
+            self.lstm = nn.LSTM(hidden_size, half, lstm_layers, bidirectional=True, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size))
+        self.register_buffer("start", None if start is None else start.detach().clone().float())
+        if start is not None:
+            nn.init.zeros_(self.mlp[-1].weight)
+            nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self):
+        states = self.embedding.weight  # (length, hidden)
+        if self.lstm is not None:
+            states = self.lstm(states.unsqueeze(0))[0].squeeze(0)  # (length, hidden)
+        vectors = self.mlp(states)
+        return vectors if self.start is None else self.start + vectors
+
+
+def encode_pseudo(tokenizer, template, subject):
+    """Token ids of a template with `[P]` slots; the i-th pseudo token has the id -1 - i.
+
+    Raises:
+        ValueError: no `[P]`, or the other slots are wrong for this tokenizer.
+    """
+    length = template.count("[P]")
+    if not length:
+        raise ValueError(f"template {template!r} has no [P] slot; write e.g. '[P][P][P] [X] [P][P][P] [Y].'")
+    slots = [-1 - index for index in range(length)]
+    return encode(tokenizer, template.replace("[P]", "[T]"), subject, slots)
+
+
+def soften(model, tokenizer, template):
+    """Turn a handcrafted template into one of pseudo tokens, with the vectors that make it say the same.
+
+    Returns:
+        `(template, start)`: each token of the words became a `[P]`; `start` (length, hidden) holds their embeddings.
+    """
+    words, last = (template, "") if tokenizer.mask_token else template.split("[Y]")
+    soft, ids = "", []
+    for piece in re.split(r"(\[X\]|\[Y\])", words if last == "" else words + "[Y]"):
+        if piece in ("[X]", "[Y]"):
+            soft += piece
+        else:
+            new = _tokens(tokenizer, piece.rstrip(" "))  # the space belongs to the word that comes
+            soft += "[P]" * len(new) + (" " if piece.endswith(" ") else "")
+            ids += new
+    return soft + last, model.get_input_embeddings().weight[ids].detach().float()
+
+
+def answer_loss(model, tokenizer, template, facts, vectors=None, words=None):
+    """The mean of -log p(answer | template, subject) over `facts`: what prompt tuning and fine-tuning both lower.
+
+    Args:
+        template: with `[P]` slots if there are `vectors` (length, hidden) for them.
+        facts: (subject, answer) pairs; the answer is a token id, or its index in `words`.
+        words: token ids of the label words that alone compete; None for the whole vocabulary.
+
+    Raises:
+        ValueError: the template or an answer does not fit, or a prompt is longer than the model's context.
+    """
+    prompts = _prompts(tokenizer, template, [subject for subject, _ in facts], vectors)
+    _check_prompts(model, tokenizer, prompts)
+    logits = _forward(model, tokenizer, prompts, vectors=vectors).float()  # (facts, vocab)
+    logits = logits if words is None else logits[:, words]
+    answers = torch.tensor([answer for _, answer in facts], device=logits.device)
+    _check_answers(answers, logits.shape[1])
+    return F.cross_entropy(logits, answers)
+
+
+def nearest_tokens(vectors, embeddings):
+    """For each vector the token whose embedding is nearest (Euclidean).
+
+    Args:
+        vectors: (length, hidden); embeddings: (vocab, hidden).
+
+    Returns:
+        `(tokens, distances)`: a list of ids, and a tensor (length,).
+    """
+    distances, tokens = torch.cdist(vectors, embeddings.to(vectors.dtype)).min(dim=1)
+    return tokens.tolist(), distances
+
+
+def prompt_logits(model, tokenizer, template, subjects, vectors=None, batch_size=32):
+    """`answer_logits` of a template, with `vectors` (length, hidden) at its `[P]` slots if it has any."""
+    return answer_logits(model, tokenizer, _prompts(tokenizer, template, subjects, vectors), batch_size, vectors)
+
+
+def save_prompt(path, model, template, vectors):
+    """Write a learned prompt as safetensors: the vectors, the template, and what tells the model it belongs to.
+
+    The prompt encoder is not kept: its vectors are all that is needed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"vectors": vectors.detach().float().cpu().contiguous(), "model_trace": _trace(model)}
+    metadata = {"template": template, "model": _name(model)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, {"prompt": json.dumps(metadata)})
+    temporary.replace(path)
+
+
+def load_prompt(path, model):
+    """Read a prompt that `save_prompt` wrote for this model.
+
+    Returns:
+        `(template, vectors)`, the vectors (length, hidden) in float32 on the model's device.
+
+    Raises:
+        ValueError: the file is no prompt, or the prompt was trained on another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads(file.metadata()["prompt"])
+            vectors, trace = file.get_tensor("vectors"), file.get_tensor("model_trace")
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is no prompt that `save_prompt` wrote ({error})") from error
+    here = _trace(model)
+    if trace.shape != here.shape or not torch.allclose(trace, here, rtol=0.02):
+        raise ValueError(
+            f"the prompt in {path} was trained on {metadata['model']} with vectors of size {vectors.shape[1]}, and "
+            f"means nothing to {_name(model)}; load that model, or train a prompt for this one"
+        )
+    return metadata["template"], vectors.to(model.device)
+
+
+def _prompts(tokenizer, template, subjects, vectors):
+    """The ids of each subject's prompt, with pseudo tokens where there are vectors for them."""
+    slots = template.count("[P]")
+    if vectors is None:
+        return [encode(tokenizer, template, subject) for subject in subjects]
+    if slots and len(vectors) != slots:
+        raise ValueError(f"template {template!r} has {slots} [P] slots and there are {len(vectors)} vectors")
+    return [encode_pseudo(tokenizer, template, subject) for subject in subjects]
+
+
+def _trace(model):
+    """Lengths of a few embeddings, with the matrix's shape: the same in every dtype, another for another model."""
+    embeddings = model.get_input_embeddings().weight.detach()
+    some = torch.linspace(0, len(embeddings) - 1, 16).long().to(embeddings.device)
+    lengths = embeddings[some].float().norm(dim=1).cpu()
+    return torch.cat([torch.tensor(embeddings.shape).float(), lengths])
+
+
+def _name(model):
+    return model.name_or_path or type(model).__name__
+
+
+def _check_answers(answers, size):
+    if answers.min() < 0 or answers.max() >= size:
+        wrong = answers[(answers < 0) | (answers >= size)][0].item()
+        raise ValueError(f"answer {wrong} is outside the {size} that the model chooses among (0 to {size - 1})")

@@ -1,0 +1,193 @@
+"""One training loop for every method of the book: AdamW, warm-up and linear decay, early stop on dev, resumable."""
+
+import os
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import tqdm
+
+__all__ = ["batch_rows", "rate_factor", "train"]
+
+
+def rate_factor(step, steps):
+    """What the learning rate is multiplied by: up over the first tenth of the steps, then straight down to zero."""
+    warmup = max(1, steps // 10)
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+
+
+def batch_rows(step, n, batch_size, seed):
+    """The row numbers of a step's batch: each epoch is a new shuffle of the n rows, without its incomplete last batch.
+
+    It depends on nothing but its arguments, so a run that was killed goes on with the batches it would have had.
+    """
+    epoch, place = divmod(step, n // batch_size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+    return order[place * batch_size : (place + 1) * batch_size].tolist()
+
+
+def train(
+    trained, loss_on, rows, lr, steps, score=None, batch_size=16, seed=0, every=25, patience=None, weight_decay=0.0,
+    checkpoint=None,
+):  # fmt: skip
+    """Train a module's parameters that require gradients, and leave them in the state that scored best.
+
+    The state before the first step competes too, so a run never ends worse on dev than it began.
+
+    Args:
+        trained: the `nn.Module` to train; what has `requires_grad` false is left alone.
+        loss_on: a function from a list of rows to their loss, a scalar tensor.
+        rows: the training set, a list.
+        lr: the highest learning rate; steps: the number of updates.
+        score: a function without arguments that measures the present state on dev, higher is better. With None the
+            last state is kept.
+        every: steps between two scores; patience: this many scores without a new best end the run (None: never).
+        checkpoint: a file to go on from if the run is killed, written with each score and removed at the end.
+
+    Returns:
+        A `Training`. A loss that is not finite ends the run with a warning; the best state so far is kept.
+
+    Raises:
+        ValueError: fewer rows than a batch, nothing to train, or the checkpoint of another run.
+    """
+    weights = _trainable(trained, rows, batch_size)
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+    settings = repr((lr, steps, batch_size, seed, every, weight_decay, len(rows), [w.shape for w in weights]))
+    run = _Run(weights, optimizer, schedule, checkpoint, settings)
+    with torch.random.fork_rng(), tqdm(initial=run.step, total=steps, unit="step") as bar:
+        run.restore_randomness(seed)
+        while True:
+            if score and (run.step % every == 0 or run.step == steps):
+                trained.eval()
+                run.keep_if_best(score())
+            if run.step == steps or run.is_out_of(patience, every):
+                break
+            trained.train()
+            loss = loss_on([rows[index] for index in batch_rows(run.step, len(rows), batch_size, seed)])
+            if not loss.isfinite():
+                run.warn(f"the loss was {loss.item()} at step {run.step + 1}; lower the rate of {lr:g}")
+                break
+            optimizer.zero_grad()
+            loss.backward(inputs=weights)
+            clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            schedule.step()
+            run.note(loss.item(), bar)
+    trained.eval()
+    return run.finish()
+
+
+@dataclass
+class Training:
+    """What a run of `train` did.
+
+    `losses` has a number for each step, `scores` a `[step, score]` for each time dev was scored. `best_step` and
+    `best_score` name the state that was kept; `stopped` says why the run ended before its last step, or is None.
+    """
+
+    losses: list = field(default_factory=list)
+    scores: list = field(default_factory=list)
+    best_step: int = 0
+    best_score: float | None = None
+    seconds: float = 0.0
+    stopped: str | None = None
+
+
+class _Run:
+    """The books of one run: its history, its best state, and the checkpoint it goes on from."""
+
+    def __init__(self, weights, optimizer, schedule, checkpoint, settings):
+        self.weights, self.optimizer, self.schedule, self.settings = weights, optimizer, schedule, settings
+        self.checkpoint = Path(checkpoint) if checkpoint else None
+        self.step, self.history, self.best, self.randomness = 0, Training(), None, None
+        if self.checkpoint and self.checkpoint.is_file():
+            self._resume()
+        self.begun = time.perf_counter() - self.history.seconds
+
+    def restore_randomness(self, seed):
+        if self.randomness is None:
+            torch.manual_seed(seed)
+        else:
+            torch.set_rng_state(self.randomness)
+
+    def keep_if_best(self, score):
+        if [self.step] != [step for step, _ in self.history.scores[-1:]]:  # else resumed where this was noted
+            self.history.scores.append([self.step, float(score)])
+            if self.best is None or score > self.history.best_score:
+                self.history.best_step, self.history.best_score = self.step, float(score)
+                self.best = [weight.detach().clone() for weight in self.weights]
+        if self.checkpoint:
+            self._save()
+
+    def is_out_of(self, patience, every):
+        waited = (self.step - self.history.best_step) // every
+        if patience is None or waited < patience:
+            return False
+        self.history.stopped = f"no better score in {waited} scores"
+        return True
+
+    def note(self, loss, bar):
+        self.history.losses.append(loss)
+        self.step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", best=self.history.best_score)
+
+    def warn(self, reason):
+        self.history.stopped = reason
+        warnings.warn(f"training stopped: {reason}. The best state so far is kept.", stacklevel=3)
+
+    def finish(self):
+        if self.best is None:
+            self.history.best_step = self.step
+        else:
+            with torch.no_grad():
+                for weight, best in zip(self.weights, self.best, strict=True):
+                    weight.copy_(best)
+        if self.checkpoint:
+            self.checkpoint.unlink(missing_ok=True)
+        self.history.seconds = time.perf_counter() - self.begun
+        return self.history
+
+    def _save(self):
+        self.history.seconds = time.perf_counter() - self.begun
+        state = {
+            "settings": self.settings,
+            "step": self.step,
+            "history": asdict(self.history),
+            "best": self.best,
+            "weights": [weight.detach() for weight in self.weights],
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "randomness": torch.get_rng_state(),
+        }
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}")
+        torch.save(state, temporary)
+        temporary.replace(self.checkpoint)
+
+    def _resume(self):
+        state = torch.load(self.checkpoint, weights_only=True)
+        if state["settings"] != self.settings:
+            raise ValueError(f"{self.checkpoint} is of a run with other settings; delete it or name another file")
+        with torch.no_grad():
+            for weight, saved in zip(self.weights, state["weights"], strict=True):
+                weight.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.best, self.randomness = state["step"], state["best"], state["randomness"]
+        self.history = Training(**state["history"])
+
+
+def _trainable(trained, rows, batch_size):
+    if len(rows) < batch_size:
+        raise ValueError(
+            f"the training set has {len(rows)} rows, fewer than one batch of {batch_size}; pass a smaller batch_size"
+        )
+    weights = [weight for weight in trained.parameters() if weight.requires_grad]
+    if not weights:
+        raise ValueError("there is nothing to train: no parameter of this module requires gradients")
+    return weights
