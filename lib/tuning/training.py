@@ -1,4 +1,7 @@
-"""One training loop for every method of the book: AdamW, warm-up and linear decay, early stop on dev, resumable."""
+"""One training loop for every method of the book, and the head that fine-tuning puts on a pretrained body.
+
+The loop: AdamW, warm-up and linear decay, early stop on dev, resumable.
+"""
 
 import os
 import time
@@ -7,10 +10,44 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
-__all__ = ["batch_rows", "rate_factor", "train"]
+__all__ = ["Classifier", "batch_rows", "last_token", "mean_of_tokens", "rate_factor", "train"]
+
+
+class Classifier(nn.Module):
+    """A pretrained body with a new linear head: what fine-tuning trains.
+
+    Args:
+        body: a transformer without a head; classes: how many there are.
+        pool: a function from states (batch, seq, hidden) and attention mask (batch, seq) to (batch, hidden).
+    """
+
+    def __init__(self, body, tokenizer, classes, pool):
+        super().__init__()
+        self.body, self.tokenizer, self.pool = body, tokenizer, pool
+        self.head = nn.Linear(body.config.hidden_size, classes).to(body.device)
+
+    def forward(self, texts):
+        """Logits (len(texts), classes), in float32. Texts longer than the body's context are cut."""
+        batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        batch = batch.to(self.body.device)
+        states = self.body(**batch).last_hidden_state  # (batch, seq, hidden)
+        return self.head(self.pool(states, batch["attention_mask"]).float())
+
+
+def mean_of_tokens(states, mask):
+    """The mean state of the real tokens, for a body that reads both ways: (batch, hidden)."""
+    mask = mask.unsqueeze(-1).to(states.dtype)  # (batch, seq, 1)
+    return (states * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def last_token(states, mask):
+    """The state of the last real token, the one that has read everything in a causal body: (batch, hidden)."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return states[torch.arange(len(states), device=mask.device), (places * mask).argmax(dim=1)]
 
 
 def rate_factor(step, steps):
