@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tuning.training import batch_rows, rate_factor, train
+from tuning.training import Classifier, batch_rows, last_token, mean_of_tokens, rate_factor, train
 
 ROWS = [(torch.randn(4, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(20)]
 
@@ -29,8 +29,8 @@ def state(net):
 def test_it_is_adamw_with_warmup_decay_and_clipping(steps, batch_size):
     """The reference: the same steps written out, with the rate of each worked out by hand."""
     ours, reference = network(), network()
-    history = train(ours, loss_of(ours), ROWS, 0.05, steps, batch_size=batch_size, seed=3, weight_decay=0.1)
-    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.1)
+    history = train(ours, loss_of(ours), ROWS, 0.05, steps, batch_size=batch_size, seed=3)
+    optimizer = torch.optim.AdamW(reference.parameters(), weight_decay=0.0)
     warmup = {7: 1, 23: 2}[steps]
     losses = []
     torch.manual_seed(3)
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best(bad):
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """Dropout, moments, schedule and batches included: the result is that of the run that was left alone."""
     path = tmp_path / "run.pt"
-    options = {"lr": 0.05, "steps": 12, "every": 4, "batch_size": 4, "weight_decay": 0.01}
+    options = {"lr": 0.05, "steps": 12, "every": 4, "batch_size": 4}
     whole = network()
     expected = train(whole, loss_of(whole), ROWS, score=lambda: -state(whole).norm().item(), **options)
 
@@ -184,3 +184,40 @@ def test_a_frozen_module_is_refused():
     net = network().requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of this module requires gradients"):
         train(net, loss_of(net), ROWS, 0.05, 2)
+
+
+# --- the head
+
+
+def test_the_pools_read_real_tokens_only():
+    states = torch.arange(24.0).view(2, 3, 4)
+    right, left = torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert torch.equal(mean_of_tokens(states, right), torch.stack([states[0, :2].mean(0), states[1].mean(0)]))
+    assert torch.equal(last_token(states, right), torch.stack([states[0, 1], states[1, 2]]))
+    assert torch.equal(last_token(states, left), states[:, 2])
+
+
+@pytest.mark.parametrize("pool", [mean_of_tokens, last_token])
+def test_a_classifier_says_the_same_in_any_batch(pool, smollm2):
+    """SmolLM2's body with its last token, MiniLM with its mean, in batches of unlike length and one by one."""
+    from tuning.models import load_encoder
+
+    body, tokenizer = load_encoder(device="cpu") if pool is mean_of_tokens else (smollm2[0].model, smollm2[1])
+    torch.manual_seed(0)
+    classifier = Classifier(body, tokenizer, 3, pool).eval()
+    texts = ["good", "a much longer sentence than the other one", "so so"]
+    with torch.no_grad():
+        together, alone = classifier(texts), torch.cat([classifier([text]) for text in texts])
+        ids = tokenizer(texts[1], return_tensors="pt").input_ids
+        states = body(ids).last_hidden_state[0]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    pooled = states.mean(dim=0) if pool is mean_of_tokens else states[-1]
+    torch.testing.assert_close(together[1], classifier.head(pooled), atol=1e-4, rtol=1e-4)
+    assert together.shape == (3, 3)
+
+
+def test_a_text_longer_than_the_context_is_cut(bert):
+    model, tokenizer = bert
+    tokenizer.model_max_length = 40
+    classifier = Classifier(model.bert, tokenizer, 2, mean_of_tokens).eval()
+    assert classifier(["the capital " * 60]).shape == (1, 2)

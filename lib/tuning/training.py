@@ -6,6 +6,7 @@ The loop: AdamW, warm-up and linear decay, early stop on dev, resumable.
 import os
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,16 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 
-__all__ = ["Classifier", "batch_rows", "last_token", "mean_of_tokens", "rate_factor", "train"]
+__all__ = [
+    "Classifier",
+    "batch_rows",
+    "last_token",
+    "mean_of_tokens",
+    "optimizer_for",
+    "rate_factor",
+    "take_step",
+    "train",
+]
 
 
 class Classifier(nn.Module):
@@ -66,10 +76,24 @@ def batch_rows(step, n, batch_size, seed):
     return order[place * batch_size : (place + 1) * batch_size].tolist()
 
 
+def optimizer_for(weights, lr, steps):
+    """AdamW without weight decay, and the schedule that sets its rate by `rate_factor`."""
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+
+
+def take_step(weights, optimizer, schedule, loss):
+    """One update of `weights`, and of nothing else, with the gradient's norm clipped to 1."""
+    optimizer.zero_grad()
+    loss.backward(inputs=weights)
+    clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def train(
-    trained, loss_on, rows, lr, steps, score=None, batch_size=16, seed=0, every=25, patience=None, weight_decay=0.0,
-    checkpoint=None,
-):  # fmt: skip
+    trained, loss_on, rows, lr, steps, score=None, batch_size=16, seed=0, every=25, patience=None, checkpoint=None
+):
     """Train a module's parameters that require gradients, and leave them in the state that scored best.
 
     The state before the first step competes too, so a run never ends worse on dev than it began.
@@ -91,12 +115,9 @@ def train(
         ValueError: fewer rows than a batch, nothing to train, or the checkpoint of another run.
     """
     weights = _trainable(trained, rows, batch_size)
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
-    settings = repr((lr, steps, batch_size, seed, every, weight_decay, len(rows), [w.shape for w in weights]))
-    run = _Run(weights, optimizer, schedule, checkpoint, settings)
-    with torch.random.fork_rng(), tqdm(initial=run.step, total=steps, unit="step") as bar:
-        run.restore_randomness(seed)
+    optimizer, schedule = optimizer_for(weights, lr, steps)
+    run = _Run(weights, optimizer, schedule, checkpoint, (lr, steps, batch_size, seed, every, len(rows)))
+    with run.started(seed, steps) as bar:
         while True:
             if score and (run.step % every == 0 or run.step == steps):
                 trained.eval()
@@ -104,15 +125,12 @@ def train(
             if run.step == steps or run.is_out_of(patience, every):
                 break
             trained.train()
-            loss = loss_on([rows[index] for index in batch_rows(run.step, len(rows), batch_size, seed)])
+            chosen = batch_rows(run.step, len(rows), batch_size, seed)
+            loss = loss_on([rows[index] for index in chosen])
             if not loss.isfinite():
                 run.warn(f"the loss was {loss.item()} at step {run.step + 1}; lower the rate of {lr:g}")
                 break
-            optimizer.zero_grad()
-            loss.backward(inputs=weights)
-            clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            schedule.step()
+            take_step(weights, optimizer, schedule, loss)
             run.note(loss.item(), bar)
     trained.eval()
     return run.finish()
@@ -138,18 +156,23 @@ class _Run:
     """The books of one run: its history, its best state, and the checkpoint it goes on from."""
 
     def __init__(self, weights, optimizer, schedule, checkpoint, settings):
-        self.weights, self.optimizer, self.schedule, self.settings = weights, optimizer, schedule, settings
+        self.weights, self.optimizer, self.schedule = weights, optimizer, schedule
+        self.settings = repr((settings, [weight.shape for weight in weights]))
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.step, self.history, self.best, self.randomness = 0, Training(), None, None
         if self.checkpoint and self.checkpoint.is_file():
             self._resume()
         self.begun = time.perf_counter() - self.history.seconds
 
-    def restore_randomness(self, seed):
-        if self.randomness is None:
-            torch.manual_seed(seed)
-        else:
-            torch.set_rng_state(self.randomness)
+    @contextmanager
+    def started(self, seed, steps):
+        """A progress bar, and randomness (dropout) that depends on the seed alone and leaves the caller's as it was."""
+        with torch.random.fork_rng(), tqdm(initial=self.step, total=steps, unit="step") as bar:
+            if self.randomness is None:
+                torch.manual_seed(seed)
+            else:
+                torch.set_rng_state(self.randomness)
+            yield bar
 
     def keep_if_best(self, score):
         if [self.step] != [step for step, _ in self.history.scores[-1:]]:  # else resumed where this was noted

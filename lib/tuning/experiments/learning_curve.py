@@ -3,8 +3,9 @@
     python -m tuning.experiments.learning_curve
 
 The encoder (MiniLM with a new head) is fine-tuned on 8 to all training sentences; the language model (SmolLM2) is
-prompted with none to 8 of them. The rate is swept once, on 128 sentences and one seed. Every choice (rate, step,
-label-word threshold) is made on as many dev sentences as there are training sentences; figures are on the test set.
+prompted with none to 8 of them. The rate is swept once, on 128 sentences and one seed. Every choice (rate, step)
+is made on as many dev sentences as there are training sentences, 32 at least, and calibration reads 200 of them
+without their labels; figures are on the test set.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from .record import RESULTS, Recorder
 SIZES = (8, 32, 128, 512, None)  # training sentences; None: all
 STEPS = {8: 40, 32: 80, 128: 120, 512: 200, None: 450}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+DEV = 32  # sentences at least that choose the step; with 8 of them the untrained start wins by luck
 SHOTS = (0, 1, 2, 4, 8)
 SEEDS = (0, 1, 2)
 TEMPLATE = "Review: [X]\nSentiment: [Y]."
@@ -53,7 +55,7 @@ def fine_tune(data, count, seed, lr, steps, device):
     """Fine-tune the encoder on `count` sentences; returns its accuracy on test with an interval, and the run."""
     torch.manual_seed(seed)  # of the head
     classifier = Classifier(*load_encoder(device=device, dtype=torch.float32), classes=2, pool=mean_of_tokens)
-    rows, dev = balanced(data["train"], count, seed), balanced(data["dev"], count, seed)
+    rows, dev = balanced(data["train"], count, seed), balanced(data["dev"], count and max(DEV, count), seed)
     history = train(
         classifier,
         lambda batch: torch.nn.functional.cross_entropy(
