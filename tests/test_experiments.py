@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tuning.experiments import probe, record
+from tuning.experiments import learning_curve, p_tuning, probe, prompt_tuning, record
 
 
 def recorder(folder, total=2, **settings):
@@ -121,3 +121,51 @@ def test_paraphrases_are_distinct_templates(smollm2):
         templates = probe.paraphrases(relation)
         assert len(set(templates)) == len(templates) >= 36
         assert all(encode(smollm2[1], template, "Osaka") for template in templates)
+
+
+def test_learning_curve_runs_small(tmp_path, monkeypatch):
+    """The whole command on few rows; the default models, since it needs both kinds."""
+    monkeypatch.setattr(learning_curve, "SIZES", (8, None))
+    monkeypatch.setattr(learning_curve, "SHOTS", (0, 2))
+    monkeypatch.setattr(learning_curve, "SEEDS", (0, 1))
+    monkeypatch.setattr(learning_curve, "RATES", (1e-4, 1e-3))
+    monkeypatch.setattr(learning_curve, "DEV", 8)
+    monkeypatch.setattr(sys, "argv", ["learning_curve"])
+    learning_curve.main(["--device", "cpu", "--limit", "40", "--steps", "1", "--out", str(tmp_path)])
+    saved = record.load_results("learning_curve", tmp_path)["results"]
+    assert len(saved) == 2 + 2 * 2 + 1 + 2
+    chosen = max((saved[f"sweep/{lr:g}"]["dev"], -lr) for lr in (1e-4, 1e-3))
+    assert saved["fine_tuned/all/1"]["lr"] == -chosen[1] and saved["fine_tuned/all/1"]["n"] == 40
+    assert saved["asked/2/1"]["as asked"]["n_test"] == 40
+
+
+def test_a_draw_is_balanced_and_depends_on_its_seed():
+    rows = [(f"text {i}", i % 2) for i in range(40)]
+    drawn = learning_curve.balanced(rows, 8, 0)
+    assert sum(label for _, label in drawn) == 4 and len(set(drawn)) == 8
+    assert learning_curve.balanced(rows, 8, 0) == drawn != learning_curve.balanced(rows, 8, 1)
+    assert learning_curve.balanced(rows, None, 0) == rows
+
+
+@pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 2 * 5 + 3 * 2 + 1), (p_tuning, 1 + 4 * 5 + 4 * 2)])
+def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(module, "SEEDS", (0, 1))
+    monkeypatch.setattr(prompt_tuning, "LENGTHS", (6, 3))
+    monkeypatch.setattr(sys, "argv", [module.__name__])
+    arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "20", "--steps", "2", "--out", str(tmp_path)]
+    module.main(arguments)
+    saved = record.load_results(module.__name__.split(".")[-1], tmp_path)["results"]
+    assert len(saved) == pieces
+    for key, run in saved.items():
+        if key != "handcrafted":
+            assert len(run["losses"]) == 2 and run["kept"] == run["template"].count("[P]") * 32
+    kept = saved["start/text/1" if module is prompt_tuning else "trained/BiLSTM and MLP, from text/1"]
+    assert kept["template"] == "[P][P][P] [X][P][P][P][P][P] [Y]." and kept["test"]["n"] == 20
+    sweep = "sweep/text/" if module is prompt_tuning else "sweep/BiLSTM and MLP, from text/"
+    best = max((run["dev"], -run["lr"]) for key, run in saved.items() if key.startswith(sweep))
+    assert kept["lr"] == -best[1]
+
+
+@pytest.mark.parametrize("length", [2, 6, 7])
+def test_pseudo_templates_have_their_length(length):
+    assert prompt_tuning.pseudo_template(length).count("[P]") == length
