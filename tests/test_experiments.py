@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tuning.experiments import learning_curve, p_tuning, probe, prompt_tuning, record
+from tuning.experiments import four_way, learning_curve, p_tuning, probe, prompt_tuning, record
 
 
 def recorder(folder, total=2, **settings):
@@ -160,7 +160,7 @@ def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny
         if key != "handcrafted":
             assert len(run["losses"]) == 2 and run["kept"] == run["template"].count("[P]") * 32
     kept = saved["start/text/1" if module is prompt_tuning else "trained/BiLSTM and MLP, from text/1"]
-    assert kept["template"] == "[P][P][P] [X][P][P][P][P][P] [Y]." and kept["test"]["n"] == 20
+    assert kept["template"] == "[P][P][P] [X][P][P][P][P][P] [Y]" and kept["test"]["n"] == 20
     sweep = "sweep/text/" if module is prompt_tuning else "sweep/BiLSTM and MLP, from text/"
     best = max((run["dev"], -run["lr"]) for key, run in saved.items() if key.startswith(sweep))
     assert kept["lr"] == -best[1]
@@ -169,3 +169,80 @@ def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny
 @pytest.mark.parametrize("length", [2, 6, 7])
 def test_pseudo_templates_have_their_length(length):
     assert prompt_tuning.pseudo_template(length).count("[P]") == length
+
+
+def write_rows(folder, **splits):
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def small_four_way(monkeypatch):
+    monkeypatch.setattr(four_way, "RATES", {method: rates[:2] for method, rates in four_way.RATES.items()})
+    monkeypatch.setattr(four_way, "SEEDS", (0,))
+    monkeypatch.setattr(four_way, "SHOTS", 4)
+    monkeypatch.setattr(sys, "argv", ["four_way"])
+
+
+def test_four_way_runs_on_a_tiny_causal_model(tmp_path, tiny_gpt2, small_four_way, monkeypatch):
+    monkeypatch.setattr(four_way, "PROBES", {"P17": four_way.PROBES["P17"]})
+    arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "20", "--steps", "1", "--out", str(tmp_path)]
+    four_way.main(arguments)
+    saved = record.load_results("four_way", tmp_path)["results"]
+    assert len(saved) == 2 * 3 * 2 + 3 * 5 + 1
+    for task, n in (("P17", 20), ("reviews", 20), ("wic", 20)):
+        for method in four_way.METHODS:
+            run = saved[f"run/{task}/{method}/0"]
+            assert run["n"] == n and run["hits"].count("1") == round(n * run["test"])
+    trained = saved["run/reviews/fine-tuning/0"]["trainable"]
+    assert trained == saved["run/P17/fine-tuning/0"]["trainable"] + 2 * 32 + 2
+    assert saved["run/P17/P-tuning/0"]["stored_bytes"] == 4 * 8 * 32
+    assert saved["run/P17/manual prompt/0"]["trainable"] == 0
+    # The prompted model is as it was, so what it does elsewhere is too; each run begins at the same weights.
+    assert saved["run/P17/P-tuning/0"]["elsewhere"] == saved["run/P17/manual prompt/0"]["elsewhere"]
+    assert saved["run/wic/manual prompt/0"]["elsewhere"]["perplexity"] > 1
+
+
+def test_four_way_reads_lama_and_superglue_with_a_masked_model(tmp_path, tiny_bert, small_four_way, monkeypatch):
+    """The command for the real data and a hub's BERT, on local files in their formats."""
+    monkeypatch.setattr(four_way, "PROBES", {"P1376": four_way.PROBES["P1376"]})
+    monkeypatch.setattr(four_way, "SWEPT_ON", ("P1376", "reviews"))
+    tasks = {name: (template, ("is", "of"), 1) for name, (template, _, _) in four_way.UNDERSTANDING.items()}
+    monkeypatch.setattr(four_way, "UNDERSTANDING", tasks)
+    facts = [{"sub_label": "london", "obj_label": "britain"}, {"sub_label": "paris", "obj_label": "france"}] * 2
+    unknown = {"sub_label": "oslo", "obj_label": "norway"}
+    write_rows(tmp_path / "lama" / "P1376", train=facts, dev=facts[:2], test=[*facts[:2], unknown])
+    pair = {"word": "a", "sentence1": "a", "sentence2": "a is", "start1": 0, "end1": 1, "start2": 0, "end2": 1}
+    labelled = [{**pair, "label": bool(i % 2), "idx": i} for i in range(16)]
+    write_rows(tmp_path / "wic", train=labelled, val=labelled[:6], test=[pair])
+    reviews = [{"sentence": "paris is" if i % 2 else "south", "label": i % 2} for i in range(16)]
+    write_rows(tmp_path / "sst2", train=reviews, val=reviews[:8], test=[{"sentence": "a", "label": -1}])
+    arguments = ["--model", str(tiny_bert), "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "out")]
+    arguments += ["--lama", str(tmp_path / "lama"), "--superglue", str(tmp_path / "wic")]
+    four_way.main([*arguments, "--reviews", str(tmp_path / "sst2")])
+    saved = record.load_results("four_way", tmp_path / "out")["results"]
+    assert saved["run/P1376/manual prompt/0"]["n"] == 2, "the answer that this model does not know is left out"
+    assert saved["run/wic/P-tuning/0"]["n"] == 6 and saved["run/reviews/fine-tuning/0"]["n"] == 8
+    assert saved["run/wic/manual prompt/0"]["elsewhere"] == {"relation": "P30", "p_at_1": None, "perplexity": None}
+
+
+def test_four_way_names_what_lama_lacks(tmp_path, gpt2):
+    write_rows(tmp_path / "P17", test=[{"sub_label": "Paris", "obj_label": "France"}])
+    with pytest.raises(ValueError, match=r"P17: no train rows; expected the files train\.jsonl"):
+        four_way.probing_task(gpt2[1], "P17", 0, [], lama=tmp_path)
+
+
+def test_perplexity_is_that_of_each_text_alone(gpt2):
+    import torch
+
+    model, tokenizer = gpt2
+    texts = ["The film is good.", "A much longer sentence about a film that nobody saw in the end."]
+    losses, tokens = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    expected = torch.tensor(losses / tokens).exp().item()
+    assert four_way.perplexity(model, tokenizer, texts) == pytest.approx(expected, rel=1e-4)

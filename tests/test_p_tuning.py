@@ -70,7 +70,7 @@ def test_logits_equal_those_of_vectors_put_in_by_hand(lm):
 def test_a_softened_template_says_what_the_words_said(lm):
     model, tokenizer = lm
     subjects = ["Britain", "South Korea"]
-    for template in ("The capital of [X] is [Y].", "[X] is the capital of [Y].", "[X] [Y]. the"):
+    for template in ("The capital of [X] is [Y].", "[X] is the capital of [Y]", "[X] [Y]. the"):
         if template.endswith("the") and tokenizer.mask_token is None:
             continue
         soft, start = soften(model, tokenizer, template)
@@ -275,7 +275,7 @@ def test_a_template_that_cannot_work_is_refused(smollm2, template, message):
 
 
 def test_a_pseudo_token_behind_the_answer_is_refused_for_a_causal_model(smollm2):
-    with pytest.raises(ValueError, match="does not suit a causal model"):
+    with pytest.raises(ValueError, match=r"template '\[P\] \[X\] \[Y\] \[P\]' does not suit a causal model"):
         encode_pseudo(smollm2[1], "[P] [X] [Y] [P]", "Britain")
 
 

@@ -39,6 +39,11 @@ def test_a_causal_prompt_ends_before_the_answer(smollm2):
     assert tokenizer.decode(encode(tokenizer, "The capital of [X] is [Y].", "Britain")) == "The capital of Britain is"
 
 
+def test_an_answer_that_the_vocabulary_does_not_know_is_refused(bert):
+    with pytest.raises(ValueError, match="use one-token answers"):
+        answer_id(bert[1], "Norway")
+
+
 def test_a_masked_prompt_has_its_mask_at_the_answer(bert):
     tokenizer = bert[1]
     ids = encode(tokenizer, "The capital of [X] is [Y].", "Britain")

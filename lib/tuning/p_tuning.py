@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .prompts import _check_prompts, _forward, _tokens, answer_logits, encode
+from .prompts import _check_prompts, _check_template, _forward, _tokens, answer_logits, encode
 
 __all__ = ["PromptEncoder", "PromptVectors", "answer_loss", "encode_pseudo", "nearest_tokens", "soften"]
 
@@ -53,7 +53,7 @@ class PromptEncoder(nn.Module):
         self.embedding = nn.Embedding(length, hidden_size)
         self.lstm = None
         if lstm_layers and hidden_size % 2:
-            raise ValueError(f"a hidden size of {hidden_size} cannot be halved between the LSTM's two directions")
+            raise ValueError(f"a hidden size of {hidden_size} cannot be halved for two directions")
         if lstm_layers:
             half = hidden_size // 2  # each direction gives half of the output
             self.lstm = nn.LSTM(hidden_size, half, lstm_layers, bidirectional=True, batch_first=True)
@@ -79,7 +79,9 @@ def encode_pseudo(tokenizer, template, subject):
     """
     length = template.count("[P]")
     if not length:
-        raise ValueError(f"template {template!r} has no [P] slot; write e.g. '[P][P][P] [X] [P][P][P] [Y].'")
+        right = "[P][P][P] [X] [P][P][P] [Y]."
+        raise ValueError(f"template {template!r} has no [P] slot; write e.g. {right!r}")
+    _check_template(tokenizer, template)
     slots = [-1 - index for index in range(length)]
     return encode(tokenizer, template.replace("[P]", "[T]"), subject, slots)
 
@@ -90,16 +92,17 @@ def soften(model, tokenizer, template):
     Returns:
         `(template, start)`: each token of the words became a `[P]`; `start` (length, hidden) holds their embeddings.
     """
-    words, last = (template, "") if tokenizer.mask_token else template.split("[Y]")
+    _check_template(tokenizer, template)
+    read = template if tokenizer.mask_token else template[: template.index("[Y]") + 3]
     soft, ids = "", []
-    for piece in re.split(r"(\[X\]|\[Y\])", words if last == "" else words + "[Y]"):
+    for piece in re.split(r"(\[X\]|\[Y\])", read):
         if piece in ("[X]", "[Y]"):
             soft += piece
         else:
-            new = _tokens(tokenizer, piece.rstrip(" "))  # the space belongs to the word that comes
-            soft += "[P]" * len(new) + (" " if piece.endswith(" ") else "")
+            new = _tokens(tokenizer, piece.rstrip(" "))  # a space belongs to the word after it
+            soft += "[P]" * len(new) + " " * piece.endswith(" ")
             ids += new
-    return soft + last, model.get_input_embeddings().weight[ids].detach().float()
+    return soft, model.get_input_embeddings().weight[ids].detach().float()
 
 
 def answer_loss(model, tokenizer, template, facts, vectors=None, words=None):

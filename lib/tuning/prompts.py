@@ -63,10 +63,10 @@ def answer_id(tokenizer, answer):
     """The one token id of `answer` as it follows a space.
 
     Raises:
-        ValueError: the answer is more than one token (or none).
+        ValueError: the answer is more than one token (or none), or the vocabulary does not know it.
     """
     ids = _tokens(tokenizer, " " + answer)
-    if len(ids) != 1:
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(f"answer {answer!r} is {len(ids)} tokens here ({pieces}); use one-token answers")
     return ids[0]

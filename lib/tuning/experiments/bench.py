@@ -22,7 +22,9 @@ import torch
 
 from ..data import TEMPLATES, load_facts
 from ..models import default_device, load_lm
-from ..prompts import answer_logits, encode, few_shot
+from ..p_tuning import PromptEncoder, answer_loss, encode_pseudo, soften
+from ..prompts import answer_id, answer_logits, encode, few_shot
+from ..training import optimizer_for, take_step
 from .record import RESULTS, Recorder, machine
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +32,7 @@ BUDGETS = {  # from the design: the largest value allowed, or the smallest where
     "second model load, s": (4, False),
     "zero-shot prompts, batches against one by one, times": (2.5, True),
     "few-shot prompts, batches against one by one, times": (2.5, True),
+    "P-tuning step against forward and backward, times": (1.05, False),
     "make book when set up, s": (60, False),
     "make book from a bare clone, s": (360, False),
     "chapter, s": (150, False),
@@ -76,6 +79,43 @@ def measure_scoring(model, tokenizer, rounds=5, n=48):
         measured[f"{name} prompts a second"] = statistics.median(rates)
         measured[f"{name} prompt length, tokens"] = sum(map(len, prompts)) / n
     return measured
+
+
+def measure_p_tuning_step(model, tokenizer, rounds=5):
+    """A whole step of P-tuning (encoder, loss, backward, AdamW) against the model's forward and backward to its inputs.
+
+    Both on the same 16 prompts, alternating; the median of the ratios.
+    """
+    model.requires_grad_(False)
+    template, start = soften(model, tokenizer, TEMPLATES["P17"][7])
+    facts = [(row["sub_label"], answer_id(tokenizer, row["obj_label"])) for row in load_facts("P17")["train"]][:16]
+    encoder = PromptEncoder(len(start), start.shape[1], start).to(model.device)
+    weights = list(encoder.parameters())
+    optimizer, schedule = optimizer_for(weights, 1e-4, 1000)
+    prompts = [encode_pseudo(tokenizer, template, subject) for subject, _ in facts]
+    shape = (len(prompts), max(map(len, prompts)), start.shape[1])
+    inputs = torch.randn(shape, device=model.device, dtype=model.dtype).requires_grad_()
+    answers = torch.tensor([answer for _, answer in facts], device=model.device)
+
+    def bare():
+        logits = model(inputs_embeds=inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+        torch.nn.functional.cross_entropy(logits.float(), answers).backward(inputs=[inputs])
+
+    def step():
+        take_step(weights, optimizer, schedule, answer_loss(model, tokenizer, template, facts, encoder()))
+
+    bare(), step()  # the first of each allocates
+    ratios = []
+    for _ in range(rounds):
+        seconds = []
+        for function in (step, bare):
+            start_time = time.perf_counter()
+            function()
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start_time)
+        ratios.append(seconds[0] / seconds[1])
+    return {"P-tuning step against forward and backward, times": statistics.median(ratios)}
 
 
 def run_timed(command, cwd=ROOT):
@@ -149,9 +189,10 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
     device = options.device or default_device()
-    recorder = Recorder("bench", options.out, device, 3 + len(chapters) + options.bare, machine=machine())
+    recorder = Recorder("bench", options.out, device, 4 + len(chapters) + options.bare, machine=machine())
     recorder.piece("load", lambda: measure_load(device))
     recorder.piece("scoring", lambda: measure_scoring(*load_lm(device=device)))
+    recorder.piece("p_tuning", lambda: measure_p_tuning_step(*load_lm(device=device)))
     for path in chapters:
         recorder.piece(f"chapter/{path.stem}", lambda path=path: measure_chapter(path))
     recorder.piece("book", measure_book)
