@@ -147,7 +147,7 @@ def test_a_draw_is_balanced_and_depends_on_its_seed():
     assert learning_curve.balanced(rows, None, 0) == rows
 
 
-@pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 2 * 5 + 3 * 2 + 1), (p_tuning, 1 + 4 * 5 + 4 * 2)])
+@pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 3 * (5 + 2) + 2), (p_tuning, 1 + 6 * (5 + 2))])
 def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny_gpt2, monkeypatch):
     monkeypatch.setattr(module, "SEEDS", (0, 1))
     monkeypatch.setattr(prompt_tuning, "LENGTHS", (6, 3))

@@ -193,6 +193,20 @@ def test_the_loss_is_cross_entropy_over_the_vocabulary_or_the_words(lm):
     assert answer_loss(model, tokenizer, template, facts, words=words).item() == pytest.approx(chosen, rel=1e-4)
 
 
+@EVERY
+def test_a_batch_has_the_gradient_of_its_rows(lm):
+    """Subjects of unlike length, so that there is padding, and vectors among the words."""
+    model, tokenizer = lm
+    template = "[P] [X] is[P] the [Y]." if tokenizer.mask_token is None else "[P] [Y] is[P] the [X]"
+    facts = [(s, answer_id(tokenizer, a)) for s, a in [("Britain", "London"), ("South Korea", "Seoul"), ("a", "Paris")]]
+    vectors = random_vectors(model, 2).requires_grad_()
+    together = torch.autograd.grad(answer_loss(model, tokenizer, template, facts, vectors), vectors)[0]
+    alone = sum(
+        torch.autograd.grad(answer_loss(model, tokenizer, template, [fact], vectors), vectors)[0] for fact in facts
+    )
+    assert (together - alone / len(facts)).norm() < 1e-4 * together.norm()
+
+
 def test_a_learned_prompt_lowers_the_loss(smollm2):
     model, tokenizer = smollm2
     facts = [(s, answer_id(tokenizer, a)) for s, a in [("Britain", "London"), ("France", "Paris"), ("Japan", "Tokyo")]]

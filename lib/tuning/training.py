@@ -3,6 +3,7 @@
 The loop: AdamW, warm-up and linear decay, early stop on dev, resumable.
 """
 
+import math
 import os
 import time
 import warnings
@@ -127,8 +128,7 @@ def train(
             trained.train()
             chosen = batch_rows(run.step, len(rows), batch_size, seed)
             loss = loss_on([rows[index] for index in chosen])
-            if not loss.isfinite():
-                run.warn(f"the loss was {loss.item()} at step {run.step + 1}; lower the rate of {lr:g}")
+            if run.has_diverged(loss.item(), lr):
                 break
             take_step(weights, optimizer, schedule, loss)
             run.note(loss.item(), bar)
@@ -196,9 +196,13 @@ class _Run:
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", best=self.history.best_score)
 
-    def warn(self, reason):
-        self.history.stopped = reason
-        warnings.warn(f"training stopped: {reason}. The best state so far is kept.", stacklevel=3)
+    def has_diverged(self, loss, lr):
+        """Whether the loss is no finite number, which is noted and said."""
+        if math.isfinite(loss):
+            return False
+        self.history.stopped = f"the loss was {loss} at step {self.step + 1}; lower the rate of {lr:g}"
+        warnings.warn(f"training stopped: {self.history.stopped}. The best state so far is kept.", stacklevel=3)
+        return True
 
     def finish(self):
         if self.best is None:
