@@ -190,14 +190,19 @@ def test_four_way_runs_on_a_tiny_causal_model(tmp_path, tiny_gpt2, small_four_wa
     arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "20", "--steps", "1", "--out", str(tmp_path)]
     four_way.main(arguments)
     saved = record.load_results("four_way", tmp_path)["results"]
-    assert len(saved) == 2 * 3 * 2 + 3 * 5 + 1
+    assert len(saved) == 2 * (3 + 4) + (4 + 2) + 2 * (5 + 2)
     for task, n in (("P17", 20), ("reviews", 20), ("wic", 20)):
-        for method in four_way.METHODS:
+        for method in four_way.METHODS if task == "P17" else (*four_way.METHODS, four_way.TUNED_TOO):
             run = saved[f"run/{task}/{method}/0"]
             assert run["n"] == n and run["hits"].count("1") == round(n * run["test"])
     trained = saved["run/reviews/fine-tuning/0"]["trainable"]
     assert trained == saved["run/P17/fine-tuning/0"]["trainable"] + 2 * 32 + 2
     assert saved["run/P17/P-tuning/0"]["stored_bytes"] == 4 * 8 * 32
+    both = saved["run/reviews/P-tuning and fine-tuning/0"]
+    assert both["trainable"] > saved["run/reviews/manual prompt and fine-tuning/0"]["trainable"]
+    vectors = saved["run/reviews/P-tuning/0"]["stored_bytes"]
+    whole = saved["run/reviews/manual prompt and fine-tuning/0"]["stored_bytes"]
+    assert both["stored_bytes"] == whole + vectors and vectors > 0
     assert saved["run/P17/manual prompt/0"]["trainable"] == 0
     # The prompted model is as it was, so what it does elsewhere is too; each run begins at the same weights.
     assert saved["run/P17/P-tuning/0"]["elsewhere"] == saved["run/P17/manual prompt/0"]["elsewhere"]

@@ -4,9 +4,10 @@
     python -m tuning.experiments.four_way --model bert-base-cased --lama LAMA --superglue SUPERGLUE --out results
 
 Probing: P17 with three seeds, P1376 and P37 with their three folds as seeds, P@1 over the whole vocabulary. Language
-understanding in the paper's few-shot setting: 32 examples to train on and 32 to choose on, three draws. Each method's
-rate is swept on one task of each kind and one draw, on dev, and then fixed. Beside the score on the task, every row
-says what the method cost elsewhere: P@1 on a relation that was not touched, and perplexity on other text.
+understanding in the paper's few-shot setting: 32 examples to train on and 32 to choose on, three draws; there the
+paper's P-tuning trains the language model too, so it is run both ways. Each method's rate is swept on one task of each
+kind and one draw, on dev, and then fixed. Beside the score on the task, every row says what the method cost elsewhere:
+P@1 on a relation that was not touched, and perplexity on other text.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_wic
 from ..models import load_lm
@@ -27,13 +29,15 @@ from .learning_curve import balanced
 from .record import RESULTS, Recorder
 
 METHODS = ("manual prompt", "fine-tuning", "manual prompt and fine-tuning", "P-tuning")
+TUNED_TOO = "P-tuning and fine-tuning"  # on language understanding only
 RATES = {
     "fine-tuning": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
     "manual prompt and fine-tuning": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
     "P-tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    TUNED_TOO: (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
 }
 PROBES = {  # the best handcrafted template on dev (chapter 2), and the number of steps
-    "P17": ("The city of [X] is in the country of [Y].", 100),
+    "P17": ("The city of [X] is in the country of [Y].", 80),
     "P1376": ("The city of [X] is the capital of [Y].", 60),
     "P37": ("In [X], the official language is [Y].", 60),
 }
@@ -132,9 +136,10 @@ class Method:
         model.requires_grad_("fine-tuning" in name)
         self.trained = model
         torch.manual_seed(task.seed)
-        if name == "P-tuning":
+        if "P-tuning" in name:
             self.template, start = soften(model, tokenizer, task.template)
-            self.encoder = self.trained = PromptEncoder(len(start), start.shape[1], start).to(model.device)
+            self.encoder = PromptEncoder(len(start), start.shape[1], start).to(model.device)
+            self.trained = self.encoder if name == "P-tuning" else nn.ModuleList([model, self.encoder])
         elif name == "fine-tuning" and task.words is None:
             self.template = "[X] [Y]."  # nothing but the subject
         elif name == "fine-tuning":
@@ -188,7 +193,9 @@ def run(name, model, tokenizer, task, lr, steps=None, test=True):
             else:
                 found |= {"dev": method.right(task.rows["dev"]).double().mean().item(), "seconds": 0.0}
         trainable = sum(w.numel() for w in method.trained.parameters() if w.requires_grad) if name in RATES else 0
-        kept = trainable if method.encoder is None else method.vectors().numel()
+        kept = trainable
+        if method.encoder is not None:  # its vectors are kept, the networks that made them are not
+            kept += method.vectors().numel() - sum(w.numel() for w in method.encoder.parameters())
         found |= {"trainable": trainable, "stored_bytes": 4 * kept, "peak_bytes": memory.peak}
         if test:
             hits = method.right(task.rows["test"])
@@ -285,32 +292,31 @@ def main(arguments=None):
         source = options.reviews if name == "reviews" else options.superglue
         return understanding_task(tokenizer, name, seed, plain if name == "reviews" else film, source, options.limit)
 
-    names = [*PROBES, *UNDERSTANDING]
-    total = len(SWEPT_ON) * sum(len(rates) for rates in RATES.values())
-    total += len(names) * len(SEEDS) * (len(METHODS) + 1) + len(PROBES)
+    methods = {name: METHODS if name in PROBES else (*METHODS, TUNED_TOO) for name in (*PROBES, *UNDERSTANDING)}
+    total = sum(len(RATES.get(method, ())) for swept in SWEPT_ON for method in methods[swept])
+    total += sum(1 + len(SEEDS) * (1 + len(chosen)) for chosen in methods.values())
     settings = {"model": options.model, "lama": options.lama, "superglue": options.superglue}
     settings |= {"reviews": options.reviews, "steps": options.steps, "limit": options.limit}
     recorder = Recorder("four_way", options.out, model.device, total, **settings)
     best = {}
     for swept in SWEPT_ON:
-        for method in RATES:
+        for method in methods[swept][1:]:
             keys = {lr: f"sweep/{swept}/{method}/{lr:g}" for lr in RATES[method]}
             for lr, key in keys.items():
                 run_it = (method, model, tokenizer, (swept, 0), lr)
                 recorder.piece(key, lambda r=run_it: run(*r[:3], task(*r[3]), r[4], options.steps, test=False))
             best[swept, method] = max(keys, key=lambda lr, keys=keys: recorder.pieces[keys[lr]]["dev"])
-    for name in names:
+    for name in methods:
         swept = SWEPT_ON[0] if name in PROBES else SWEPT_ON[1]
         for seed in SEEDS:
             recorder.piece(f"control/majority/{name}/{seed}", lambda t=name, s=seed: majority(task(t, s)))
-            for method in METHODS:
+            for method in methods[name]:
                 run_it = (method, model, tokenizer, (name, seed), best.get((swept, method)))
                 key = f"run/{name}/{method}/{seed}"
                 recorder.piece(key, lambda r=run_it: run(*r[:3], task(*r[3]), r[4], options.steps))
-        if name in PROBES:
-            run_it = ("P-tuning", random_model, tokenizer, (name, 0), best[swept, "P-tuning"])
-            key = f"control/random model/{name}"
-            recorder.piece(key, lambda r=run_it: run(*r[:3], task(*r[3]), r[4], options.steps))
+        run_it = ("P-tuning", random_model, tokenizer, (name, 0), best[swept, "P-tuning"])
+        key = f"control/random model/{name}"
+        recorder.piece(key, lambda r=run_it: run(*r[:3], task(*r[3]), r[4], options.steps))
     recorder.finish()
 
 
