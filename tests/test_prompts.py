@@ -16,6 +16,7 @@ from tuning.prompts import (
     few_shot,
     hits_at_1,
     hotflip,
+    paired_interval,
     search_triggers,
     trigger_gradient,
 )
@@ -242,6 +243,27 @@ def test_bootstrap_interval_against_scipys_kind_of_answer():
         assert abs(low - (0.3 - half)) < 0.25 * half and abs(high - (0.3 + half)) < 0.25 * half
     assert bootstrap_interval(hits) == bootstrap_interval(hits)
     assert bootstrap_interval(torch.ones(5)) == (1.0, 1.0)
+
+
+def test_paired_interval_against_the_variances_of_both_designs():
+    """Three seeds that agree: the same 200 items tell as much as one seed does, 600 different ones as much as 600."""
+    gains = [(torch.arange(200) < 60).float()] * 3
+    for same_items, n in ((True, 200), (False, 600)):
+        half = 1.96 * (0.3 * 0.7 / n) ** 0.5
+        low, high = paired_interval(gains, same_items)
+        assert abs(low - (0.3 - half)) < 0.1 * half and abs(high - (0.3 + half)) < 0.1 * half
+
+
+def test_paired_interval_draws_seeds_too():
+    """Items without variance: of the 27 ways to draw three seeds, one in 27 takes the worst seed three times."""
+    gains = [torch.full((50,), value) for value in (0.0, 0.3, 0.6)]
+    for same_items in (True, False):
+        low, high = paired_interval(gains, same_items)
+        assert abs(low) < 1e-6 and abs(high - 0.6) < 1e-6
+    unequal = [torch.tensor([0.0, 1.0]), torch.tensor([1.0])]
+    assert paired_interval(unequal, same_items=False)[0] < 0.5
+    with pytest.raises(ValueError, match=r"\[2, 1\] items cannot share them; pass same_items=False"):
+        paired_interval(unequal, same_items=True)
 
 
 def test_class_log_probs_sum_over_label_words():
