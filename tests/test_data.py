@@ -2,7 +2,7 @@ import json
 from collections import Counter
 
 import pytest
-from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_reviews, load_wic
+from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_reviews, load_superglue, load_wic
 from tuning.prompts import answer_id, encode
 
 # Known, and named in corpora/README.md: left in, so that the relation keeps all its countries.
@@ -158,6 +158,34 @@ def test_superglue_and_sst2_folders(tmp_path):
     sst2.mkdir()
     write(sst2 / "train.jsonl", [{"sentence": "good", "label": 1}])
     assert load_reviews(sst2)["train"][0]["label"] == 1
+
+
+def test_superglues_release_with_its_three_ways_to_write_a_label(tmp_path):
+    pair = {"premise": "It rains.", "hypothesis": "It is wet.", "idx": 0}
+    for folder, row, labels in [
+        ("BoolQ", {"question": "is it", "passage": "It is.", "idx": 0}, (True, False)),
+        ("CB", pair, ("neutral", "entailment")),
+        ("RTE", pair, ("not_entailment", "entailment")),
+    ]:
+        (tmp_path / folder).mkdir()
+        for split, label in zip(("train", "val"), labels, strict=True):
+            write(tmp_path / folder / f"{split}.jsonl", [row | {"label": label}])
+        write(tmp_path / folder / "test.jsonl", [row])
+    expected = {"boolq": [1, 0], "cb": [2, 0], "rte": [1, 0]}
+    for task, labels in expected.items():
+        data = load_superglue(task, tmp_path)
+        assert [data["train"][0]["label"], data["dev"][0]["label"]] == labels
+        assert "label" not in data["test"].column_names
+    with pytest.raises(ValueError, match=r"no task 'copa'; there are boolq, cb, rte, wic"):
+        load_superglue("copa", tmp_path)
+    with pytest.raises(ValueError, match=r"it is no local folder"):
+        load_superglue("wic", tmp_path)
+    with pytest.raises(ValueError, match=r"rte does not come with the book; give the folder of SuperGLUE's release"):
+        load_superglue("rte")
+    assert load_superglue("wic")["test"][0]["label"] in (0, 1)
+    write(tmp_path / "RTE" / "train.jsonl", [pair | {"label": "perhaps"}])
+    with pytest.raises(ValueError, match=r"rte has a label 'perhaps'; expected one of entailment, not_entailment"):
+        load_superglue("rte", tmp_path)
 
 
 def test_a_data_set_that_is_nowhere(tmp_path):

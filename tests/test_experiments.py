@@ -213,22 +213,34 @@ def test_four_way_reads_lama_and_superglue_with_a_masked_model(tmp_path, tiny_be
     """The command for the real data and a hub's BERT, on local files in their formats."""
     monkeypatch.setattr(four_way, "PROBES", {"P1376": four_way.PROBES["P1376"]})
     monkeypatch.setattr(four_way, "SWEPT_ON", ("P1376", "reviews"))
-    tasks = {name: (template, ("is", "of"), 1) for name, (template, _, _) in four_way.UNDERSTANDING.items()}
-    monkeypatch.setattr(four_way, "UNDERSTANDING", tasks)
+    for tasks in ("UNDERSTANDING", "WITH_SUPERGLUE"):
+        known = {
+            name: (template, ("is", "of", "a")[: len(words)], 1)
+            for name, (template, words, _) in getattr(four_way, tasks).items()
+        }
+        monkeypatch.setattr(four_way, tasks, known)
     facts = [{"sub_label": "london", "obj_label": "britain"}, {"sub_label": "paris", "obj_label": "france"}] * 2
     unknown = {"sub_label": "oslo", "obj_label": "norway"}
     write_rows(tmp_path / "lama" / "P1376", train=facts, dev=facts[:2], test=[*facts[:2], unknown])
-    pair = {"word": "a", "sentence1": "a", "sentence2": "a is", "start1": 0, "end1": 1, "start2": 0, "end2": 1}
-    labelled = [{**pair, "label": bool(i % 2), "idx": i} for i in range(16)]
-    write_rows(tmp_path / "wic", train=labelled, val=labelled[:6], test=[pair])
+    entails = {"premise": "paris is", "hypothesis": "south"}
+    for folder, row, labels in [
+        ("WiC", {"word": "a", "sentence1": "a", "sentence2": "a is"}, [False, True]),
+        ("BoolQ", {"question": "is a", "passage": "paris is a"}, [False, True]),
+        ("CB", entails, ["entailment", "contradiction", "neutral"]),
+        ("RTE", entails, ["entailment", "not_entailment"]),
+    ]:
+        labelled = [{**row, "label": labels[i % len(labels)], "idx": i} for i in range(16)]
+        write_rows(tmp_path / "superglue" / folder, train=labelled, val=labelled[:6], test=[row])
     reviews = [{"sentence": "paris is" if i % 2 else "south", "label": i % 2} for i in range(16)]
     write_rows(tmp_path / "sst2", train=reviews, val=reviews[:8], test=[{"sentence": "a", "label": -1}])
     arguments = ["--model", str(tiny_bert), "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "out")]
-    arguments += ["--lama", str(tmp_path / "lama"), "--superglue", str(tmp_path / "wic")]
+    arguments += ["--lama", str(tmp_path / "lama"), "--superglue", str(tmp_path / "superglue")]
     four_way.main([*arguments, "--reviews", str(tmp_path / "sst2")])
     saved = record.load_results("four_way", tmp_path / "out")["results"]
     assert saved["run/P1376/manual prompt/0"]["n"] == 2, "the answer that this model does not know is left out"
-    assert saved["run/wic/P-tuning/0"]["n"] == 6 and saved["run/reviews/fine-tuning/0"]["n"] == 8
+    assert saved["run/reviews/fine-tuning/0"]["n"] == 8
+    for task in ("wic", "boolq", "cb", "rte"):
+        assert saved[f"run/{task}/P-tuning/0"]["n"] == 6 and 0 <= saved[f"run/{task}/fine-tuning/0"]["macro_f1"] <= 1
     assert saved["run/wic/manual prompt/0"]["elsewhere"] == {"relation": "P30", "p_at_1": None, "perplexity": None}
 
 
@@ -236,6 +248,16 @@ def test_four_way_names_what_lama_lacks(tmp_path, gpt2):
     write_rows(tmp_path / "P17", test=[{"sub_label": "Paris", "obj_label": "France"}])
     with pytest.raises(ValueError, match=r"P17: no train rows; expected the files train\.jsonl"):
         four_way.probing_task(gpt2[1], "P17", 0, [], lama=tmp_path)
+
+
+def test_macro_f1_is_the_mean_of_the_classes():
+    """Three classes, one never given: by hand (2/3 + 0 + 6/7) / 3."""
+    import torch
+
+    given, wanted = torch.tensor([0, 0, 2, 2, 2, 2]), torch.tensor([0, 1, 2, 2, 2, 1])
+    by_hand = (2 * 1 / (2 + 1) + 0 + 2 * 3 / (4 + 3)) / 3
+    assert four_way.macro_f1(given, wanted) == pytest.approx(by_hand)
+    assert four_way.macro_f1(wanted, wanted) == 1
 
 
 def test_perplexity_is_that_of_each_text_alone(gpt2):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-__all__ = ["RELATIONS", "TEMPLATES", "load_facts", "load_lama", "load_reviews", "load_wic"]
+__all__ = ["RELATIONS", "TEMPLATES", "load_facts", "load_lama", "load_reviews", "load_superglue", "load_wic"]
 
 CORPORA = Path(__file__).parent / "corpora"
 FOLDS = 3  # the facts' `part` runs from 0 to 5: a fold tests on two parts, chooses on one and trains on three
@@ -146,13 +146,51 @@ def load_wic(source=None):
     return _load_task(source, "wic", "wic", needed)
 
 
+SUPERGLUE = {  # the tasks with a few classes: the folder in the release, the fields, the classes in the hub's order
+    "boolq": ("BoolQ", ("question", "passage"), ("False", "True")),
+    "cb": ("CB", ("premise", "hypothesis"), ("entailment", "contradiction", "neutral")),
+    "rte": ("RTE", ("premise", "hypothesis"), ("entailment", "not_entailment")),
+    "wic": ("WiC", ("word", "sentence1", "sentence2"), ("False", "True")),
+}
+
+
+def load_superglue(task, source=None):
+    """A SuperGLUE task with a few classes, its labels as numbers in the order of `SUPERGLUE`.
+
+    COPA, MultiRC, ReCoRD and WSC are left out: their answers are no classes that one label word each could stand for.
+
+    Args:
+        task: "boolq", "cb", "rte" or "wic".
+        source: None for the shipped pairs of "wic"; the folder of SuperGLUE's unpacked release, with `BoolQ`, `CB`,
+            `RTE` and `WiC` in it, each with `train.jsonl`, `val.jsonl` and `test.jsonl` (which has no labels); or a hub
+            id such as "aps/super_glue".
+    """
+    if task not in SUPERGLUE:
+        raise ValueError(f"no task {task!r}; there are {', '.join(SUPERGLUE)}")
+    folder, fields, classes = SUPERGLUE[task]
+    if source is None and task != "wic":
+        raise ValueError(f"{task} does not come with the book; give the folder of SuperGLUE's release, or a hub id")
+    if source is not None and Path(source).is_dir():
+        source = Path(source) / folder
+    data = _load_task(source, task, task, fields)
+
+    def number(row):
+        label = row["label"]
+        if isinstance(label, str) and label not in classes:
+            raise ValueError(f"{task} has a label {label!r}; expected one of {', '.join(classes)}")
+        return row | {"label": classes.index(label) if isinstance(label, str) else int(label)}
+
+    labelled = {split: "label" in rows.column_names for split, rows in data.items()}
+    return DatasetDict({s: Dataset.from_list([number(r) for r in d]) if labelled[s] else d for s, d in data.items()})
+
+
 def _load_task(source, shipped, configuration, needed):
     if source is None:
         return _load_splits(CORPORA / shipped, {"train": "train", "dev": "dev", "test": "test"}, (*needed, "label"))
     if Path(source).is_dir():
         return _load_splits(Path(source), {"train": "train", "val": "dev", "test": "test"}, needed)
     try:
-        loaded = load_dataset(source, configuration)
+        loaded = load_dataset(str(source), configuration)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"cannot load data set {str(source)!r}: it is no local folder with train.jsonl, val.jsonl and test.jsonl, "

@@ -13,6 +13,7 @@ P@1 on a relation that was not touched, and perplexity on other text.
 import argparse
 import copy
 import math
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_wic
+from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_superglue, load_wic
 from ..models import load_lm
 from ..p_tuning import PromptEncoder, answer_loss, prompt_logits, soften
 from ..prompts import answer_id, bootstrap_interval, hits_at_1
@@ -41,9 +42,14 @@ PROBES = {  # the best handcrafted template on dev (chapter 2), and the number o
     "P1376": ("The city of [X] is the capital of [Y].", 60),
     "P37": ("In [X], the official language is [Y].", 60),
 }
-UNDERSTANDING = {
+UNDERSTANDING = {  # the template, the label words in the order of the classes, and the number of steps
     "reviews": ("Review: [X]\nSentiment: [Y].", ("negative", "positive"), 40),
     "wic": ("[X] Answer: [Y].", ("no", "yes"), 40),
+}
+WITH_SUPERGLUE = {  # needs --superglue
+    "boolq": ("[X] Answer: [Y].", ("no", "yes"), 40),
+    "cb": ("[X] Answer: [Y].", ("yes", "no", "maybe"), 40),
+    "rte": ("[X] Answer: [Y].", ("yes", "no"), 40),
 }
 SWEPT_ON = ("P17", "reviews")
 UNTOUCHED = ("P30", "[X] is located in the continent of [Y].")
@@ -85,16 +91,15 @@ def understanding_task(tokenizer, name, seed, other_text, source=None, limit=Non
 
     Where the test set has no labels, as SuperGLUE's, its validation set is the test set, and dev is drawn from train.
     """
-    template, words, steps = UNDERSTANDING[name]
-    data = load_reviews(source) if name == "reviews" else load_wic(source)
-    as_text = (lambda row: row["sentence"]) if name == "reviews" else wic_text
+    template, words, steps = (UNDERSTANDING | WITH_SUPERGLUE)[name]
+    data = load_reviews(source) if name == "reviews" else load_superglue(name, source)
     rows = {}
     for split, part in data.items():
-        rows[split] = [(as_text(row), int(row["label"])) for row in part if "label" in row]
+        rows[split] = [(text_of(name, row), int(row["label"])) for row in part if "label" in row]
     labelled = rows.get("test") or []
     if not labelled or min(label for _, label in labelled) < 0:
         rows["test"] = rows["dev"]
-        drawn = balanced(rows["train"], 2 * SHOTS, seed)
+        drawn = random.Random(seed).sample(rows["train"], min(2 * SHOTS, len(rows["train"])))
         rows["train"], rows["dev"] = drawn[:SHOTS], drawn[SHOTS:]
     else:
         rows["train"], rows["dev"] = (balanced(rows[split], SHOTS, seed) for split in ("train", "dev"))
@@ -115,10 +120,16 @@ def one_token_facts(tokenizer, facts):
     return found
 
 
-def wic_text(row):
-    """A word-in-context pair as one text."""
-    word = row["word"]
-    return f'"{row["sentence1"]}" "{row["sentence2"]}" Is the word "{word}" used in the same sense in both?'
+def text_of(task, row):
+    """A row of a language understanding task as one text; passages end after 250 words, to fit BERT's context."""
+    if task == "reviews":
+        return row["sentence"]
+    if task == "wic":
+        pair = f'"{row["sentence1"]}" "{row["sentence2"]}"'
+        return f'{pair} Is the word "{row["word"]}" used in the same sense in both?'
+    if task == "boolq":
+        return f"{' '.join(row['passage'].split()[:250])} Question: {row['question']}?"
+    return f'{row["premise"]} Does it follow that "{row["hypothesis"]}"?'
 
 
 def _check_splits(name, rows):
@@ -156,16 +167,18 @@ class Method:
         return F.cross_entropy(self.classifier([text for text, _ in batch]), labels)
 
     @torch.no_grad()
-    def right(self, rows, batch_size=32):
-        """(n,) bool."""
-        texts, answers = [text for text, _ in rows], torch.tensor([answer for _, answer in rows])
+    def answers(self, rows, batch_size=32):
+        """(n,): the answers given, token ids or classes."""
+        texts = [text for text, _ in rows]
         if self.classifier is not None:
             parts = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-            return torch.cat([self.classifier(part).argmax(dim=1).cpu() for part in parts]) == answers
+            return torch.cat([self.classifier(part).argmax(dim=1).cpu() for part in parts])
         logits = prompt_logits(self.model, self.tokenizer, self.template, texts, self.vectors())
-        if self.task.words is None:
-            return hits_at_1(logits, answers)
-        return logits[:, self.task.words].argmax(dim=1) == answers
+        return (logits if self.task.words is None else logits[:, self.task.words]).argmax(dim=1)
+
+    def right(self, rows):
+        """(n,) bool."""
+        return self.answers(rows) == torch.tensor([answer for _, answer in rows])
 
 
 def run(name, model, tokenizer, task, lr, steps=None, test=True):
@@ -198,15 +211,26 @@ def run(name, model, tokenizer, task, lr, steps=None, test=True):
             kept += method.vectors().numel() - sum(w.numel() for w in method.encoder.parameters())
         found |= {"trainable": trainable, "stored_bytes": 4 * kept, "peak_bytes": memory.peak}
         if test:
-            hits = method.right(task.rows["test"])
+            given, wanted = method.answers(task.rows["test"]), torch.tensor([a for _, a in task.rows["test"]])
+            hits = given == wanted
             low, high = bootstrap_interval(hits)
             found |= {"test": hits.double().mean().item(), "low": low, "high": high, "n": len(hits)}
             found |= {"hits": "".join(str(int(hit)) for hit in hits), "elsewhere": elsewhere(model, tokenizer, task)}
+            found |= {} if task.words is None else {"macro_f1": macro_f1(given, wanted)}
     finally:
         if before is not None:
             model.load_state_dict(before)
         model.requires_grad_(False).eval()
     return found
+
+
+def macro_f1(given, wanted):
+    """The mean over the classes that occur of 2 × right / (given + wanted): SuperGLUE's second metric for CB."""
+    scores = []
+    for label in wanted.unique():
+        right = ((given == label) & (wanted == label)).sum()
+        scores.append(2 * right / ((given == label).sum() + (wanted == label).sum()))
+    return torch.stack(scores).double().mean().item()
 
 
 def elsewhere(model, tokenizer, task):
@@ -272,7 +296,7 @@ def main(arguments=None):
     parser.add_argument("--model", default="smollm2-135m", help="or a hub id, or a folder")
     parser.add_argument("--device", default=None)
     parser.add_argument("--lama", default=None, help="folder with a folder a relation, each with LAMA's JSONL files")
-    parser.add_argument("--superglue", default=None, help="folder of WiC's JSONL files, or a hub id")
+    parser.add_argument("--superglue", default=None, help="folder of the unpacked release, or a hub id")
     parser.add_argument("--reviews", default=None, help="folder of SST-2's JSONL files, or a hub id")
     parser.add_argument("--steps", type=int, default=None, help="of every training, to try things out")
     parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
@@ -292,7 +316,8 @@ def main(arguments=None):
         source = options.reviews if name == "reviews" else options.superglue
         return understanding_task(tokenizer, name, seed, plain if name == "reviews" else film, source, options.limit)
 
-    methods = {name: METHODS if name in PROBES else (*METHODS, TUNED_TOO) for name in (*PROBES, *UNDERSTANDING)}
+    names = [*PROBES, *UNDERSTANDING, *(WITH_SUPERGLUE if options.superglue else ())]
+    methods = {name: METHODS if name in PROBES else (*METHODS, TUNED_TOO) for name in names}
     total = sum(len(RATES.get(method, ())) for swept in SWEPT_ON for method in methods[swept])
     total += sum(1 + len(SEEDS) * (1 + len(chosen)) for chosen in methods.values())
     settings = {"model": options.model, "lama": options.lama, "superglue": options.superglue}
