@@ -147,7 +147,7 @@ def test_a_draw_is_balanced_and_depends_on_its_seed():
     assert learning_curve.balanced(rows, None, 0) == rows
 
 
-@pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 3 * (5 + 2) + 2), (p_tuning, 1 + 6 * (5 + 2))])
+@pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 3 * (5 + 2) + 2), (p_tuning, 1 + 3 * (5 + 2) + 4)])
 def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny_gpt2, monkeypatch):
     monkeypatch.setattr(module, "SEEDS", (0, 1))
     monkeypatch.setattr(prompt_tuning, "LENGTHS", (6, 3))
@@ -164,6 +164,9 @@ def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny
     sweep = "sweep/text/" if module is prompt_tuning else "sweep/BiLSTM and MLP, from text/"
     best = max((run["dev"], -run["lr"]) for key, run in saved.items() if key.startswith(sweep))
     assert kept["lr"] == -best[1]
+    if module is p_tuning:
+        assert saved["wording/3"]["wording"] == "[X] is located in which country? In [Y]."
+        assert saved["wording/3"]["by hand"]["n"] == 20 and saved["wording/3"]["lr"] == kept["lr"]
 
 
 @pytest.mark.parametrize("length", [2, 6, 7])
