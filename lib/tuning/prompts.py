@@ -151,7 +151,8 @@ def paired_interval(gains, same_items, rounds=2000, level=0.95, seed=0):
         ValueError: the same items, but not as many of them in every seed.
     """
     if same_items and len({len(gain) for gain in gains}) > 1:
-        raise ValueError(f"seeds with {[len(gain) for gain in gains]} items cannot share them; pass same_items=False")
+        counts = [len(gain) for gain in gains]
+        raise ValueError(f"seeds with {counts} items cannot share them; pass same_items=False")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n):
