@@ -157,7 +157,8 @@ SUPERGLUE = {  # the tasks with a few classes: the folder in the release, the fi
 def load_superglue(task, source=None):
     """A SuperGLUE task with a few classes, its labels as numbers in the order of `SUPERGLUE`.
 
-    COPA, MultiRC, ReCoRD and WSC are left out: their answers are no classes that one label word each could stand for.
+    Left out are COPA, ReCoRD and WSC, whose answers are no classes that one label word each could stand for, and
+    MultiRC, which is scored by question.
 
     Args:
         task: "boolq", "cb", "rte" or "wic".

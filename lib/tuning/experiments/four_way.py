@@ -37,7 +37,7 @@ RATES = {
     "P-tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     TUNED_TOO: (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
 }
-PROBES = {  # the best handcrafted template on dev (chapter 2), and the number of steps
+PROBES = {  # the best of chapter 2's handcrafted templates on all facts, and the number of steps
     "P17": ("The city of [X] is in the country of [Y].", 80),
     "P1376": ("The city of [X] is the capital of [Y].", 60),
     "P37": ("In [X], the official language is [Y].", 60),
