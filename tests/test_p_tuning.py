@@ -207,20 +207,21 @@ def test_a_batch_has_the_gradient_of_its_rows(lm):
     assert (together - alone / len(facts)).norm() < 1e-4 * together.norm()
 
 
-def test_a_learned_prompt_lowers_the_loss(smollm2):
+def test_a_learned_prompt_knows_its_facts(smollm2):
+    """Adam's first steps go up and down, differently on each processor; after 25 the facts are learned."""
     model, tokenizer = smollm2
     facts = [(s, answer_id(tokenizer, a)) for s, a in [("Britain", "London"), ("France", "Paris"), ("Japan", "Tokyo")]]
     torch.manual_seed(0)
     encoder = PromptEncoder(4, model.config.hidden_size)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=1e-3)
     losses = []
-    for _ in range(6):
+    for _ in range(25):
         loss = answer_loss(model, tokenizer, "[P][P] [X][P][P] [Y].", facts, encoder())
         optimizer.zero_grad()
         loss.backward(inputs=list(encoder.parameters()))
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1
+    assert losses[0] > 4 and losses[-1] < 1
     assert all(weight.grad is None for weight in model.parameters())
 
 
