@@ -4,7 +4,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from tuning.experiments import four_way, learning_curve, p_tuning, probe, prompt_tuning, record
+import torch
+from tuning.experiments import (
+    four_way,
+    instruction,
+    learning_curve,
+    lora,
+    lora_tasks,
+    p_tuning,
+    probe,
+    prompt_tuning,
+    record,
+)
 
 
 def recorder(folder, total=2, **settings):
@@ -276,3 +287,110 @@ def test_perplexity_is_that_of_each_text_alone(gpt2):
         tokens += ids.shape[1] - 1
     expected = torch.tensor(losses / tokens).exp().item()
     assert four_way.perplexity(model, tokenizer, texts) == pytest.approx(expected, rel=1e-4)
+
+
+def test_lora_runs_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(lora, "SEEDS", (0,))
+    monkeypatch.setattr(lora, "RANKS", (2,))
+    monkeypatch.setattr(lora, "SIZES", (8, None))
+    monkeypatch.setattr(lora, "COUNT", 16)
+    monkeypatch.setattr(lora, "RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(lora, "FULL_RATES", (1e-4,))
+    monkeypatch.setattr(sys, "argv", ["lora"])
+    lora.main(["--device", "cpu", "--limit", "40", "--steps", "2", "--out", str(tmp_path)])
+    saved = record.load_results("lora", tmp_path)["results"]
+    assert len(saved) == 1 + 4 * 2 + 8 + 4 + 4 + 1
+    trained = {key: run["trained"] for key, run in saved.items() if "trained" in run}
+    assert {trained[f"budget/{name}/0"] for name in lora.BUDGET} == {6 * 27_648, 6 * 26_880}
+    assert trained["sweep/r = 8/0.001"] == trained["sweep/attention, r = 18/0.001"] == 8 * trained["data/r = 1/all/0"]
+    assert trained["data/full/8/0"] == 22_713_216 and saved["data/full/8/0"]["n"] == 8
+    best = max((saved[f"sweep/r = 8/{lr:g}"]["dev"], -lr) for lr in (1e-3, 1e-2))
+    assert saved["rank/all/2/0"]["lr"] == saved["budget/MLP/0"]["lr"] == -best[1]
+    for found in saved["directions"].values():
+        assert len(found["8 and 64"]) == 8 and len(found["8 and 64"][0]) == 64
+        assert found["amplified, r = 8"]["factor"] > 0
+
+
+def test_similarity_of_subspaces():
+    """1 where one holds the other, 0 where they are orthogonal, and never outside."""
+    A = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
+    same = lora.similarity(A, A)
+    assert torch.allclose(same.diagonal(), torch.ones(3), atol=1e-5)
+    assert torch.allclose(lora.similarity(A[:1], A)[0, 2], torch.tensor(1.0), atol=1e-5)
+    apart = lora.similarity(torch.eye(10)[:2], torch.eye(10)[5:8])
+    assert apart.abs().max() < 1e-6 and same.min() >= 0 and same.max() < 1 + 1e-5
+
+
+def test_amplification_against_numpy():
+    import numpy as np
+
+    generator = torch.Generator().manual_seed(0)
+    weight, delta = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
+    found = lora.amplification(weight, delta, r=2)
+    U, _, Vt = np.linalg.svd(delta.numpy())
+    assert found["weight within delta"] == pytest.approx(
+        np.linalg.norm(U[:, :2].T @ weight.numpy() @ Vt[:2].T), rel=1e-5
+    )
+    _, sigma, _ = np.linalg.svd(weight.numpy())
+    assert found["weight within weight"] == pytest.approx(np.linalg.norm(sigma[:2]), rel=1e-5)
+    assert found["factor"] == pytest.approx(np.linalg.norm(delta.numpy()) / found["weight within delta"], rel=1e-5)
+
+
+def test_lora_tasks_run_on_a_tiny_model(tmp_path, tiny_gpt2, small_four_way, monkeypatch):
+    """A GPT-2, whose layers are Conv1D, and no wrapper is left in it after a run."""
+    monkeypatch.setattr(lora_tasks, "PROBES", {"P17": four_way.PROBES["P17"]})
+    monkeypatch.setattr(lora_tasks, "RATES", {four_way.LORA: (1e-3, 1e-2)})
+    monkeypatch.setattr(lora_tasks, "SEEDS", (0,))
+    arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "20", "--steps", "1", "--out", str(tmp_path)]
+    lora_tasks.main(arguments)
+    saved = record.load_results("lora_tasks", tmp_path)["results"]
+    assert len(saved) == 2 * 2 + 3
+    run = saved[f"run/P17/{four_way.LORA}/0"]
+    assert run["stored_bytes"] == 4 * run["trainable"] == 4 * 2 * 8 * ((32 + 96) + (32 + 32) + 2 * (32 + 128))
+    assert run["n"] == 20 and run["lr"] in (1e-3, 1e-2)
+
+
+def test_instruction_runs_small(tmp_path, monkeypatch):
+    """The whole command on few rows, with the first words of replies only."""
+    short = instruction.reply
+    told = instruction.conversation("What is 2 plus 3?", "5.")
+    monkeypatch.setattr(
+        instruction, "reply", lambda model, tokenizer, asked, _, *rest: short(model, tokenizer, asked, 3, *rest)
+    )
+    monkeypatch.setattr(instruction, "own_replies", lambda *_: [told])
+    monkeypatch.setattr(instruction, "RATES", {name: rates[2:3] for name, rates in instruction.RATES.items()})
+    monkeypatch.setattr(instruction, "SEEDS", (0,))
+    monkeypatch.setattr(instruction, "GENERAL", ("What is the opposite of hot?", "What is 2 plus 3?"))
+    monkeypatch.setattr(instruction, "UNRELATED", ("What is the opposite of tall?", "What is 4 plus 5?"))
+    monkeypatch.setattr(instruction, "SHOWN", ("Where is Osaka?",))
+    monkeypatch.setattr(sys, "argv", ["instruction"])
+    instruction.main(["--device", "cpu", "--limit", "3", "--steps", "1", "--out", str(tmp_path)])
+    saved = record.load_results("instruction", tmp_path)["results"]
+    assert len(saved) == 1 + 3 + 4
+    untrained = saved["untrained"]["elsewhere"]
+    assert untrained["unrelated answered with a record"] == 0
+    for name in ("LoRA", "full", "P-tuning", instruction.MIXED):
+        run = saved[f"run/{name}/0"]
+        assert run["seen wordings"]["n"] == 3 and len(run["replies"]) == 1
+        same = run["elsewhere"]["perplexity"] == untrained["perplexity"]
+        assert same == (name == "P-tuning" or run["step"] == 0)
+
+
+def test_records_are_read_strictly():
+    record_ = {"place": "Osaka", "country": "Japan", "continent": "Asia"}
+    assert instruction.read_record(instruction.to_json(record_)) == record_
+    for wrong in ("", "Osaka", '{"place": "Osaka"}', '["place"]', instruction.to_json(record_) + " It is large."):
+        assert instruction.read_record(wrong) is None
+    assert instruction.read_record('{"place": "Osaka", "country": "Japan", "continent": 3}') is None
+    assert instruction.read_record('{"country": "Japan", "place": "Osaka", "continent": "Asia"}') is None  # other order
+
+
+def test_nothing_tested_is_trained_on():
+    records = instruction.place_records()
+    places = {split: {row["place"] for row in rows} for split, rows in records.items()}
+    assert not places["train"] & places["test"] and len(places["test"]) > 500
+    assert not set(instruction.WORDINGS) & set(instruction.UNSEEN)
+    assert not set(instruction.GENERAL) & {*instruction.UNRELATED, *instruction.SHOWN}
+    asked = instruction.ask_for(records["test"][:50], instruction.UNSEEN, 0)
+    assert all(record_["place"] in question for question, record_ in asked)
+    assert len({question.replace(record_["place"], "{}") for question, record_ in asked}) == len(instruction.UNSEEN)

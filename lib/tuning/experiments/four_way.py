@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_superglue, load_wic
+from ..lora import add_lora, unload
 from ..models import load_lm
 from ..p_tuning import PromptEncoder, answer_loss, prompt_logits, soften
 from ..prompts import answer_id, bootstrap_interval, hits_at_1
@@ -31,11 +32,13 @@ from .record import RESULTS, Recorder
 
 METHODS = ("manual prompt", "fine-tuning", "manual prompt and fine-tuning", "P-tuning")
 TUNED_TOO = "P-tuning and fine-tuning"  # on language understanding only
+LORA = "manual prompt and LoRA"  # chapter 7's, recorded by `lora_tasks`
 RATES = {
     "fine-tuning": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
     "manual prompt and fine-tuning": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
     "P-tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     TUNED_TOO: (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+    LORA: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
 PROBES = {  # the best of chapter 2's handcrafted templates on all facts, and the number of steps
     "P17": ("The city of [X] is in the country of [Y].", 80),
@@ -147,6 +150,8 @@ class Method:
         model.requires_grad_("fine-tuning" in name)
         self.trained = model
         torch.manual_seed(task.seed)
+        if name == LORA:
+            add_lora(model, "all-linear", rank=8, alpha=16)
         if "P-tuning" in name:
             self.template, start = soften(model, tokenizer, task.template)
             self.encoder = PromptEncoder(len(start), start.shape[1], start).to(model.device)
@@ -220,6 +225,8 @@ def run(name, model, tokenizer, task, lr, steps=None, test=True):
     finally:
         if before is not None:
             model.load_state_dict(before)
+        if name == LORA:
+            unload(model)
         model.requires_grad_(False).eval()
     return found
 

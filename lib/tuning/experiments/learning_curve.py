@@ -53,9 +53,22 @@ def predictions(classifier, rows, batch_size=64):
 
 def fine_tune(data, count, seed, lr, steps, device):
     """Fine-tune the encoder on `count` sentences; returns its accuracy on test with an interval, and the run."""
-    torch.manual_seed(seed)  # of the head
-    classifier = Classifier(*load_encoder(device=device, dtype=torch.float32), classes=2, pool=mean_of_tokens)
-    rows, dev = balanced(data["train"], count, seed), balanced(data["dev"], count and max(DEV, count), seed)
+    return train_classifier(new_classifier(seed, device), data, count, seed, lr, steps)
+
+
+def new_classifier(seed, device):
+    """MiniLM with a new head for two classes, which `seed` draws."""
+    torch.manual_seed(seed)
+    return Classifier(*load_encoder(device=device, dtype=torch.float32), classes=2, pool=mean_of_tokens)
+
+
+def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None):
+    """Train what requires gradients on `count` sentences; the accuracy on test with an interval, and the run.
+
+    The step is chosen on `dev_count` sentences; if None on as many as there are to train on, `DEV` at least.
+    """
+    rows = balanced(data["train"], count, seed)
+    dev = balanced(data["dev"], dev_count or (count and max(DEV, count)), seed)
     history = train(
         classifier,
         lambda batch: torch.nn.functional.cross_entropy(

@@ -1,0 +1,313 @@
+"""Chapter 8's recorded run: a place in a question or a sentence -> a strict JSON record, and what else changes.
+
+    python -m tuning.experiments.instruction
+
+LoRA (rank 8 beside all linear layers), full fine-tuning and P-tuning (a trained prompt in front of the conversation)
+learn from the same conversations, each with its own sweep of rates on one seed; LoRA also with general replies mixed
+in, which are the untrained model's own. Test cities are never trained on, and four wordings neither. Measured are the
+record (valid, each field right) and everything that should not have changed: unrelated questions, capitals asked in
+plain words, and perplexity on other text.
+"""
+
+import argparse
+import copy
+import json
+import random
+from pathlib import Path
+
+import torch
+
+from ..chat import encode_chat, pad_chats, reply, reply_loss
+from ..data import load_facts, load_wic
+from ..lora import add_lora, unload
+from ..models import load_lm
+from ..p_tuning import PromptEncoder
+from ..training import train
+from .four_way import perplexity
+from .record import RESULTS, Recorder
+
+FIELDS = ("place", "country", "continent")
+WORDINGS = (
+    "Where is {}?",
+    "Tell me about {}.",
+    "Which country is {} in?",
+    "I am going to {} next week.",
+    "{}, please.",
+    "My sister lives in {}.",
+    "What do you know about the city of {}?",
+    "In which part of the world is {}?",
+    "We flew to {} yesterday.",
+    "Give me a record of {}.",
+)
+UNSEEN = (
+    "Could you look up {} for me?",
+    "The train to {} was late.",
+    "Which continent does {} belong to?",
+    "Have you ever heard of {}?",
+)
+GENERAL = (  # questions for the mixed-in replies
+    "What is the opposite of hot?",
+    "Write a sentence about dogs.",
+    "How many days are in a week?",
+    "What color is the sky on a clear day?",
+    "Give me three fruits.",
+    "Explain what a bicycle is.",
+    "What is 2 plus 3?",
+    "Write a short poem about rain.",
+    "What do bees make?",
+    "Name a musical instrument.",
+    "How do I boil an egg?",
+    "What is the plural of mouse?",
+    "Tell me a fact about the moon.",
+    "Why do people sleep?",
+    "What is the first month of the year?",
+    "Suggest a name for a cat.",
+    "What is water made of?",
+    "Give me a synonym of happy.",
+    "What is a computer?",
+    "Who wrote Romeo and Juliet?",
+    "How many legs does a spider have?",
+    "Write a greeting for a friend.",
+    "What is the largest ocean?",
+    "What is the past tense of go?",
+    "Describe a tree in one sentence.",
+    "What do plants need to grow?",
+    "What is the boiling point of water?",
+    "Tell me a joke.",
+    "What is a good breakfast?",
+    "How do you say thank you politely?",
+    "What season comes after winter?",
+    "What is the square of 4?",
+)
+UNRELATED = (  # never trained on
+    "What is the opposite of tall?",
+    "Write a sentence about cats.",
+    "How many months are in a year?",
+    "What color is grass?",
+    "Give me three vegetables.",
+    "Explain what a clock is.",
+    "What is 4 plus 5?",
+    "Name an animal that can fly.",
+    "What do cows eat?",
+    "How do I make tea?",
+    "What is the plural of child?",
+    "Tell me a fact about the sun.",
+    "Why is exercise good for you?",
+    "Suggest a name for a dog.",
+    "What is snow made of?",
+    "Give me a synonym of big.",
+)
+SHOWN = (  # the eight of the chapter, before and after
+    "Where is Osaka?",
+    "The train to Nairobi was late.",
+    "What is the capital of France?",
+    "Write a sentence about cats.",
+    "What is 4 plus 5?",
+    "Who was Isaac Newton?",
+    "Which continent does Milan belong to?",
+    "Give me three vegetables.",
+)
+RATES = {
+    "LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
+    "P-tuning": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+}
+INSTRUCTION = "Answer with a JSON record of the place, its country and its continent. "  # where P-tuning starts
+MIXED = "LoRA, general replies mixed in"
+SEEDS = (0, 1, 2)
+STEPS, BATCH, CITIES, MIX = 60, 8, 100, 0.25
+
+
+def place_records():
+    """Per split a list of records {place, country, continent}: cities of P17 whose country's continent P30 tells."""
+    continents = {row["sub_label"]: row["obj_label"] for part in load_facts("P30").values() for row in part}
+    return {
+        split: [
+            dict(zip(FIELDS, (row["sub_label"], row["obj_label"], continents[row["obj_label"]]), strict=True))
+            for row in rows
+            if row["obj_label"] in continents
+        ]
+        for split, rows in load_facts("P17").items()
+    }
+
+
+def conversation(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def to_json(record):
+    return json.dumps(record, ensure_ascii=False)
+
+
+def ask_for(records, wordings, seed):
+    """One (question, record) a record, with a wording drawn by `seed`."""
+    draw = random.Random(seed)
+    return [(draw.choice(wordings).format(record["place"]), record) for record in records]
+
+
+def read_record(text):
+    """The record that a reply is, or None if it is not exactly one JSON object with the three fields as texts."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    right = isinstance(found, dict) and tuple(found) == FIELDS and all(isinstance(v, str) for v in found.values())
+    return found if right else None
+
+
+def score_records(model, tokenizer, asked, vectors=None):
+    """Shares of `asked` whose reply stops and is a valid record, and whose fields are right."""
+    replies = reply(model, tokenizer, [question for question, _ in asked], 48, vectors)
+    records = [read_record(text) if stopped else None for text, stopped in replies]
+    found = {"valid": sum(record is not None for record in records) / len(asked), "n": len(asked)}
+    for field in FIELDS:
+        right = [
+            bool(record) and record[field] == wanted[field] for record, (_, wanted) in zip(records, asked, strict=True)
+        ]
+        found[field] = sum(right) / len(asked)
+    return found
+
+
+def own_replies(model, tokenizer, questions, max_new_tokens=48):
+    """Conversations with the model's own greedy replies, of those that come to an end."""
+    replies = reply(model, tokenizer, list(questions), max_new_tokens)
+    return [
+        conversation(q, text) for q, (text, stopped) in zip(questions, replies, strict=True) if stopped and text.strip()
+    ]
+
+
+def score_elsewhere(model, tokenizer, data, vectors=None):
+    """What should not have changed: unrelated questions, capitals asked in words, perplexity without a prompt."""
+    replies = reply(model, tokenizer, list(UNRELATED), 24, vectors)
+    asked = [f"Which country is {city} the capital of?" for city, _ in data["capitals"]]
+    answers = [text for text, _ in reply(model, tokenizer, asked, 24, vectors)]
+    earlier = pad_chats(tokenizer, [encode_chat(tokenizer, chat) for chat in data["unrelated"]])
+    named = [country in text for text, (_, country) in zip(answers, data["capitals"], strict=True)]
+    return {
+        "unrelated answered with a record": sum(text.lstrip().startswith("{") for text, _ in replies) / len(replies),
+        "loss of its earlier replies": no_grad_loss(model, earlier, vectors),
+        "capitals answered": sum(named) / len(named),
+        "capitals answered with a record": sum(text.lstrip().startswith("{") for text in answers) / len(answers),
+        "perplexity": perplexity(model, tokenizer, data["sentences"]),
+    }
+
+
+def run(name, model, tokenizer, data, lr, seed, steps, test=True):
+    """Train one method on a copy of what it changes, score it, and leave the model as it was."""
+    encoder, before = None, None
+    torch.manual_seed(seed)
+    model.requires_grad_(name == "full")
+    if name == "full":
+        before = copy.deepcopy(model.state_dict())
+    elif name == "P-tuning":
+        ids = tokenizer(INSTRUCTION).input_ids
+        start = model.get_input_embeddings().weight[ids].detach()
+        encoder = PromptEncoder(len(ids), start.shape[1], start).to(model.device)
+    else:
+        add_lora(model, "all-linear", rank=8, alpha=16)
+    vectors = encoder if encoder is not None else lambda: None
+    rows = [encode_chat(tokenizer, chat) for chat in data["train"]]
+    if name == MIXED:
+        general = [encode_chat(tokenizer, chat) for chat in data["general"]]
+        rows += random.Random(seed).choices(general, k=round(MIX / (1 - MIX) * len(rows)))
+    dev = pad_chats(tokenizer, [encode_chat(tokenizer, chat) for chat in data["dev"]])
+    try:
+        history = train(
+            model if encoder is None else encoder,
+            lambda batch: reply_loss(model, pad_chats(tokenizer, batch), vectors()),
+            rows,
+            lr,
+            steps,
+            score=lambda: -no_grad_loss(model, dev, vectors()),
+            batch_size=min(BATCH, len(rows)),
+            seed=seed,
+            every=max(1, steps // 4),
+        )
+        found = {"method": name, "lr": lr, "seed": seed, "dev": history.best_score, "step": history.best_step}
+        found |= {"scores": history.scores, "stopped": history.stopped, "seconds": history.seconds}
+        if test:
+            with torch.no_grad():
+                prompt = vectors()
+            found |= {
+                "seen wordings": score_records(model, tokenizer, data["seen"], prompt),
+                "unseen wordings": score_records(model, tokenizer, data["unseen"], prompt),
+                "elsewhere": score_elsewhere(model, tokenizer, data, prompt),
+                "replies": [text for text, _ in reply(model, tokenizer, list(SHOWN), 48, prompt)],
+            }
+    finally:
+        if before is not None:
+            model.load_state_dict(before)
+        elif encoder is None:
+            unload(model)
+        model.requires_grad_(False).eval()
+    return found
+
+
+@torch.no_grad()
+def no_grad_loss(model, batch, vectors):
+    return reply_loss(model, batch, vectors).item()
+
+
+def load_data(model, tokenizer, limit=None):
+    """Conversations to train on, dev, records to test on, general replies, and what is asked elsewhere."""
+    records = {split: rows[:limit] for split, rows in place_records().items()}
+    shuffled = random.Random(0).sample(records["test"], min(CITIES, len(records["test"])))
+    talks = {
+        split: [conversation(question, to_json(record)) for question, record in ask_for(records[split], WORDINGS, 0)]
+        for split in ("train", "dev")
+    }
+    return {
+        "train": talks["train"],
+        "dev": talks["dev"][:48],
+        "seen": ask_for(shuffled, WORDINGS, 1),
+        "unseen": ask_for(shuffled, UNSEEN, 1),
+        "general": own_replies(model, tokenizer, GENERAL[:limit]),
+        "unrelated": own_replies(model, tokenizer, UNRELATED[:limit]),
+        "capitals": [(row["sub_label"], row["obj_label"]) for row in load_facts("P1376")["test"]][:limit],
+        "sentences": [row["sentence1"] for row in load_wic()["test"]][: min(100, limit or 100)],
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="or a hub id, or a folder, of a model with a chat template"
+    )
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--limit", type=int, default=None, help="rows of everything, to try things out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
+    options = parser.parse_args(arguments)
+    model, tokenizer = load_lm(options.model, options.device)
+    model.requires_grad_(False)
+    data = load_data(model, tokenizer, options.limit)
+    total = 1 + sum(len(rates) for rates in RATES.values()) + (len(RATES) + 1) * len(SEEDS)
+    settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
+    recorder = Recorder("instruction", options.out, model.device, total, **settings)
+    recorder.piece(
+        "untrained",
+        lambda: {
+            "seen wordings": score_records(model, tokenizer, data["seen"]),
+            "unseen wordings": score_records(model, tokenizer, data["unseen"]),
+            "elsewhere": score_elsewhere(model, tokenizer, data),
+            "replies": [text for text, _ in reply(model, tokenizer, list(SHOWN), 48)],
+        },
+    )
+    best = {}
+    for name, rates in RATES.items():
+        keys = {lr: f"sweep/{name}/{lr:g}" for lr in rates}
+        for lr, key in keys.items():
+            recorder.piece(key, lambda n=name, lr=lr: run(n, model, tokenizer, data, lr, 0, options.steps, test=False))
+        best[name] = max(keys, key=lambda lr, keys=keys: recorder.pieces[keys[lr]]["dev"])
+    best[MIXED] = best["LoRA"]
+    for name, lr in best.items():
+        for seed in SEEDS:
+            recorder.piece(
+                f"run/{name}/{seed}",
+                lambda n=name, lr=lr, s=seed: run(n, model, tokenizer, data, lr, s, options.steps),
+            )
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()
