@@ -177,8 +177,8 @@ def load_prompt(path, model):
     here = _trace(model)
     if trace.shape != here.shape or not torch.allclose(trace, here, rtol=0.02):
         raise ValueError(
-            f"the prompt in {path} was trained on {metadata['model']} with vectors of size {vectors.shape[1]}, and "
-            f"means nothing to {_name(model)}; load that model, or train a prompt for this one"
+            f"the prompt in {path} was trained on {metadata['model']} and means nothing to {_name(model)}, whose "
+            "embeddings are others; load that model, or train a prompt for this one"
         )
     return metadata["template"], vectors.to(model.device)
 

@@ -8,6 +8,7 @@ alternate in one run, and the median of the ratios is reported.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,9 @@ from pathlib import Path
 
 import torch
 
+from ..adapter_files import load_adapter, save_adapter
 from ..data import TEMPLATES, load_facts
+from ..lora import add_lora, merge, unmerge, use_adapter
 from ..models import default_device, load_lm
 from ..p_tuning import PromptEncoder, answer_loss, encode_pseudo, soften
 from ..prompts import answer_id, answer_logits, encode, few_shot
@@ -33,6 +36,11 @@ BUDGETS = {  # from the design: the largest value allowed, or the smallest where
     "zero-shot prompts, batches against one by one, times": (2.5, True),
     "few-shot prompts, batches against one by one, times": (2.5, True),
     "P-tuning step against forward and backward, times": (1.05, False),
+    "LoRA step against peft, times": (1.1, False),
+    "LoRA step against peft, peak memory, times": (1.1, False),
+    "merged model against the bare one, times": (1.02, False),
+    "loading an adapter against peft, times": (1.0, False),
+    "switching adapters against peft, times": (1.0, False),
     "make book when set up, s": (60, False),
     "make book from a bare clone, s": (360, False),
     "chapter, s": (150, False),
@@ -48,6 +56,21 @@ def median_seconds(function, rounds=5):
         function()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def median_ratio(one, other, device, rounds=5):
+    """The median over alternated rounds of the seconds that `one` takes to those of `other`; a first round warms up."""
+    ratios = []
+    for _ in range(rounds + 1):
+        seconds = []
+        for function in (one, other):
+            start = time.perf_counter()
+            function()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])
 
 
 def measure_load(device):
@@ -104,18 +127,69 @@ def measure_p_tuning_step(model, tokenizer, rounds=5):
     def step():
         take_step(weights, optimizer, schedule, answer_loss(model, tokenizer, template, facts, encoder()))
 
-    bare(), step()  # the first of each allocates
-    ratios = []
-    for _ in range(rounds):
-        seconds = []
-        for function in (step, bare):
-            start_time = time.perf_counter()
-            function()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start_time)
-        ratios.append(seconds[0] / seconds[1])
-    return {"P-tuning step against forward and backward, times": statistics.median(ratios)}
+    ratio = median_ratio(step, bare, model.device, rounds)
+    return {"P-tuning step against forward and backward, times": ratio}
+
+
+def lora_model(whose, device):
+    """The default model with adapters of rank 8 beside all linear layers, ours or peft's, and what they train."""
+    model, _ = load_lm(device=device, dtype=torch.float32)
+    if whose == "ours":
+        add_lora(model, "all-linear", rank=8, alpha=16)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def lora_step(model, weights):
+    """A function that takes a training step on 8 rows of 32 random tokens."""
+    ids = torch.randint(1000, 49_000, (8, 32), generator=torch.Generator().manual_seed(0)).to(model.device)
+    optimizer, schedule = optimizer_for(weights, 1e-5, 1000)
+    return lambda: take_step(weights, optimizer, schedule, model(input_ids=ids, labels=ids, use_cache=False).loss)
+
+
+def lora_peak(whose, device, steps=3):
+    """Peak memory, GB, of a process that loads the model and takes a few steps."""
+    code = f"import tuning.experiments.bench as b; s = b.lora_step(*b.lora_model({whose!r}, {str(device)!r}))\n"
+    return run_timed([sys.executable, "-c", code + f"for _ in range({steps}): s()"])[1]
+
+
+def measure_lora(device, rounds=7):
+    """Our adapters against peft's, side by side: a step, its memory, merged inference, loading and switching."""
+    ours, our_weights = lora_model("ours", device)
+    theirs, their_weights = lora_model("peft", device)
+    names = {"ours": itertools.count(), "peft": itertools.count()}
+    ids = torch.arange(1000, 1256, device=device).view(8, 32)
+    forward = torch.no_grad()(lambda model: model(input_ids=ids, use_cache=False))
+    measured = {
+        "LoRA step against peft, times": median_ratio(
+            lora_step(ours, our_weights), lora_step(theirs, their_weights), device, rounds
+        ),
+        "LoRA step against peft, peak memory, times": lora_peak("ours", device) / lora_peak("peft", device),
+    }
+    merge(ours.eval())
+    bare, _ = load_lm(device=device, dtype=torch.float32)
+    measured["merged model against the bare one, times"] = median_ratio(
+        lambda: forward(ours), lambda: forward(bare), device, 3 * rounds
+    )
+    unmerge(ours)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(folder, ours)
+        measured["loading an adapter against peft, times"] = median_ratio(
+            lambda: load_adapter(folder, ours, f"a{next(names['ours'])}"),
+            lambda: theirs.load_adapter(folder, f"a{next(names['peft'])}"),
+            device,
+            rounds,
+        )
+    measured["switching adapters against peft, times"] = median_ratio(
+        lambda: (use_adapter(ours, "a0"), use_adapter(ours, "default")),
+        lambda: (theirs.set_adapter("a0"), theirs.set_adapter("default")),
+        device,
+        rounds,
+    )
+    return measured
 
 
 def run_timed(command, cwd=ROOT):
@@ -189,10 +263,11 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
     device = options.device or default_device()
-    recorder = Recorder("bench", options.out, device, 4 + len(chapters) + options.bare, machine=machine())
+    recorder = Recorder("bench", options.out, device, 5 + len(chapters) + options.bare, machine=machine())
     recorder.piece("load", lambda: measure_load(device))
     recorder.piece("scoring", lambda: measure_scoring(*load_lm(device=device)))
     recorder.piece("p_tuning", lambda: measure_p_tuning_step(*load_lm(device=device)))
+    recorder.piece("lora", lambda: measure_lora(device))
     for path in chapters:
         recorder.piece(f"chapter/{path.stem}", lambda path=path: measure_chapter(path))
     recorder.piece("book", measure_book)
