@@ -315,6 +315,15 @@ def test_we_load_peft_adapters_of_an_embedding(tmp_path):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
+def test_an_embedding_that_came_with_the_adapter_must_be_the_models_own(tmp_path):
+    theirs = get_peft_model(tiny_llama(tie=False), LoraConfig(r=3, lora_alpha=7, target_modules=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_llama(tie=False)
+    ours.model.embed_tokens.weight.data[7] += 1
+    with pytest.raises(ValueError, match=r"trained beside another model.embed_tokens"):
+        load_adapter(tmp_path, ours)
+
+
 @pytest.fixture
 def saved(tmp_path):
     model = tiny_llama()
@@ -358,6 +367,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: change_tensors(f, lambda t: t[FIRST].fill_(torch.nan)), "not finite"),
         (lambda f: change_config(f, target_modules=["q_proj"]), "it has an unknown .*v_proj"),
         (lambda f: change_config(f, target_modules=["query"]), "target 'query' matches no layer"),
+        (lambda f: change_config(f, r=0), "rank 0 is none"),
+        (lambda f: change_config(f, lora_dropout=1.5), "dropout 1.5 is no probability"),
         (lambda f: change_config(f, use_dora=True), "uses use_dora, which this book does not build"),
         (lambda f: change_config(f, init_lora_weights="pissa"), "uses init_lora_weights"),
         (lambda f: change_config(f, peft_type="IA3"), "uses peft_type"),
@@ -397,6 +408,8 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_merged(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         merge(model)
     assert not (tmp_path / "new").exists() and model.wide.merged is None
+    with pytest.raises(ValueError, match="None names no adapter"):
+        save_adapter(tmp_path / "new", model, None)
 
 
 # --- bad input
@@ -412,7 +425,10 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_merged(tmp_path):
         ({"alpha": 0}, "alpha 0 must be above 0"),
         ({"targets": ["q_proj"]}, r"target 'q_proj' matches no layer; .*\['narrow', 'turned', 'wide', 'words'\]"),
         ({"targets": []}, "the targets match no layer"),
+        ({"targets": "wid"}, r"'wid \(a pattern of whole names; put names in a list\)' matches no layer"),
         ({"name": "a.b"}, "'a.b' cannot name an adapter"),
+        ({"name": "train"}, "'train' cannot name an adapter"),
+        ({"dropout": 1.5}, "dropout 1.5 is no probability"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_changes(options, message):
@@ -427,8 +443,30 @@ def test_what_is_no_linear_layer_is_refused():
     with pytest.raises(ValueError, match="1 is a LayerNorm; adapters stand beside"):
         add_lora(model, ["1"], rank=1)
     attention = nn.Sequential(nn.MultiheadAttention(8, 2))
-    with pytest.raises(ValueError, match="never calls the layer"):
+    with pytest.raises(ValueError, match="without calling the layer"):
         add_lora(attention, ["out_proj"], rank=1)
+    encoder = nn.TransformerEncoderLayer(16, 2)  # in eval it hands its weights to one kernel
+    with pytest.raises(ValueError, match=r"linear1 belongs to nn\.TransformerEncoderLayer"):
+        add_lora(encoder, ["linear1"], rank=1)
+
+
+def test_a_second_adapter_is_not_put_into_the_first():
+    """Neither by a pattern that matches the first one's inside, nor by a name that the first one has."""
+    model = tiny_llama()
+    first = add_lora(model, r".*q_proj.*", rank=2, name="down_proj")
+    assert add_lora(model, r".*q_proj.*", rank=2, name="second") == first
+    assert len(add_lora(model, ["down_proj"], rank=2, name="third")) == 2
+
+
+def test_all_linear_leaves_out_the_head_of_a_classifier():
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**(tiny_llama().config.to_dict() | {"num_labels": 2, "pad_token_id": 0}))
+    model = AutoModelForSequenceClassification.from_config(config)
+    theirs = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="SEQ_CLS", r=2, target_modules="all-linear"))
+    expected = [name for name, layer in theirs.base_model.model.named_modules() if hasattr(layer, "lora_A")]
+    assert add_lora(model, "all-linear", rank=2) == expected
 
 
 def test_a_tied_weight_is_refused_with_the_way_out():

@@ -11,7 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .lora import AdaptedLayer, _check_finite, _check_names, _new_adapter, _targets, adapted_layers, add_lora
+from .lora import (
+    AdaptedLayer,
+    _check_finite,
+    _check_names,
+    _check_new,
+    _new_adapter,
+    _targets,
+    adapted_layers,
+    add_lora,
+)
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "peft_type", "init_lora_weights"}
@@ -22,13 +31,16 @@ HARMLESS |= {"qalora_group_size", "revision", "task_type", "auto_mapping"}
 def save_adapter(folder, model, name="default"):
     """Write an adapter as peft does: `adapter_model.safetensors` and `adapter_config.json`.
 
-    The model's name and the lengths of some of its weights go along, to tell another model apart.
+    The model's name and the lengths of some of its weights go along, to tell another model apart (not a fine-tuned copy
+    of the same one, whose lengths hardly differ).
 
     Raises:
         ValueError: no such adapter, the model is merged, or a weight is not finite.
     """
-    layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r} names no adapter; give the name of the one to save")
     _check_names(adapted_layers(model), [name])
+    layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
     tensors = {}
     for path, layer in layers.items():
         for part, key in _keys(path, layer.base).items():
@@ -61,11 +73,12 @@ def load_adapter(folder, model, name="default"):
 
     Raises:
         FileNotFoundError: there is no adapter; ValueError: it is a pickle, it uses what this book does not build, or
-            it does not fit this model (layers, shapes, or lengths of weights), or has a missing, extra or non-finite
-            weight. The model is then as it was.
+            it does not fit this model (layers, shapes, lengths of weights, or a rank above what a matrix can have), or
+            has a missing, extra or non-finite weight. The model is then as it was.
     """
-    config, tensors, trace = _read(Path(folder))
+    config, tensors, frozen, trace = _read(Path(folder))
     layers = _targets(model, config["target_modules"])
+    _check_new(layers, name, config["r"], config["lora_alpha"], config["lora_dropout"])
     bases = {path: layer.base if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
     expected = {}
     for path, base in bases.items():
@@ -73,6 +86,7 @@ def load_adapter(folder, model, name="default"):
             adapter = _new_adapter(base, rank=config["r"], alpha=config["lora_alpha"])
         expected |= {key: getattr(adapter, part).shape for part, key in _keys(path, base).items()}
     _check_fit(folder, expected, tensors)
+    _check_frozen(folder, bases, frozen)
     if trace and not _same_trace(trace, _trace(layers)):
         raise ValueError(
             f"the adapter in {folder} was trained beside {config.get('base_model_name_or_path')}, and the weights here "
@@ -115,7 +129,8 @@ def _read(folder):
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / TENSORS, framework="pt") as file:
             trace = json.loads((file.metadata() or {}).get("trace", "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys() if ".base_layer." not in key}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        frozen = {key: tensors.pop(key) for key in list(tensors) if ".base_layer." in key}  # of an embedding
         config = {"lora_dropout": 0.0, "use_rslora": False} | config
         asked = {key: value for key, value in config.items() if key not in READ | HARMLESS}
         other = [key for key, value in asked.items() if value and value != "none"]
@@ -129,7 +144,7 @@ def _read(folder):
     if other:
         raise ValueError(f"the adapter in {folder} uses {', '.join(other)}, which this book does not build; use peft")
     _check_finite(tensors)
-    return config, tensors, trace
+    return config, tensors, frozen, trace
 
 
 def _check_fit(folder, expected, tensors):
@@ -142,6 +157,19 @@ def _check_fit(folder, expected, tensors):
             raise ValueError(
                 f"the adapter in {folder} does not fit this model: {key} has shape {tuple(tensors[key].shape)}, "
                 f"needed is {tuple(shape)}"
+            )
+
+
+def _check_frozen(folder, bases, frozen):
+    """peft writes an adapted embedding's frozen weight too; here it must be the model's own."""
+    for key, there in frozen.items():
+        path, _, part = key.removeprefix("base_model.model.").rpartition(".base_layer.")
+        here = getattr(bases.get(path), part, None)
+        same = here is not None and here.shape == there.shape
+        if not same or not torch.allclose(here.detach().float().cpu(), there.float(), rtol=0.02, atol=1e-3):
+            raise ValueError(
+                f"the adapter in {folder} was trained beside another {path} (more tokens, or a trained one), which "
+                f"comes with it as {key}; load that model, or use peft"
             )
 
 

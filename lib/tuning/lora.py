@@ -105,18 +105,20 @@ def add_lora(model, targets="all-linear", rank=8, alpha=16, dropout=0.0, rslora=
     Args:
         model: any `nn.Module`. Call it again with another `name` for a second adapter.
         targets: names of layers (`nn.Linear`, `nn.Embedding` or transformers' `Conv1D`), whole or their last parts,
-            e.g. `["q_proj", "v_proj"]`; "all-linear" is every linear layer but the output embedding.
+            e.g. `["q_proj", "v_proj"]`; "all-linear" is every linear layer but the output embedding or the head of a
+            classifier. Another text is a pattern that whole names must match, as in peft's files.
         rank, alpha, dropout, rslora: as in `LoRA`.
 
     Returns:
         The names of the adapted layers, in the model's order.
 
     Raises:
-        ValueError: a rank that is no rank of the matrix, a target that matches nothing or is no such layer, a tied
-            weight, a merged model, or a name that is in use.
+        ValueError: a rank that is no rank of the matrix, a dropout that is no probability, a target that matches
+            nothing or is no such layer, a tied weight, a merged model, or a name that is in use or cannot be used.
+            The model is then as it was.
     """
     layers = _targets(model, targets)
-    _check_new(layers, name, rank, alpha)
+    _check_new(layers, name, rank, alpha, dropout)
     _check_free(model, name)
     model.requires_grad_(False)
     for path, layer in layers.items():
@@ -200,12 +202,16 @@ def _new_adapter(base, **settings):
 
 def _targets(model, targets):
     """The layers that `targets` names, by their whole name: peft's rules."""
-    inside = {id(layer.base) for layer in model.modules() if isinstance(layer, AdaptedLayer)}
+    wrappers = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer)]
+    inside = {id(part) for wrapper in wrappers for part in wrapper.modules() if part is not wrapper}
     layers = {path: layer for path, layer in model.named_modules() if path and id(layer) not in inside}
     if isinstance(targets, str) and targets != "all-linear":  # peft's files may hold a pattern
-        return _check_targets(model, {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)})
+        matching = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
+        return _check_targets(model, matching, f"{targets} (a pattern of whole names; put names in a list)")
     if targets == "all-linear":
         output = getattr(model, "get_output_embeddings", lambda: None)()
+        if output is None:  # a classifier's head, by transformers' names for it
+            output = getattr(model, "score", getattr(model, "classifier", None))
         linear = {path: layer for path, layer in layers.items() if isinstance(_base(layer), (nn.Linear, Conv1D))}
         return _check_targets(model, {path: layer for path, layer in linear.items() if layer is not output})
     found = {}
@@ -234,9 +240,10 @@ def _check_targets(model, layers, target=None):
             raise ValueError(
                 f"{path} is a {type(base).__name__}; adapters stand beside nn.Linear, nn.Embedding, Conv1D"
             )
-        if isinstance(base, NonDynamicallyQuantizableLinear):
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(base, NonDynamicallyQuantizableLinear) or isinstance(parent, nn.TransformerEncoderLayer):
             raise ValueError(
-                f"{path} belongs to nn.MultiheadAttention, which uses the weight and never calls the layer"
+                f"{path} belongs to nn.{type(parent).__name__}, which may use the weight without calling the layer"
             )
         if uses[id(base.weight)] > 1:
             raise ValueError(
@@ -246,13 +253,17 @@ def _check_targets(model, layers, target=None):
     return layers
 
 
-def _check_new(layers, name, rank, alpha):
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"{name!r} cannot name an adapter; use letters, digits and _, e.g. 'reviews'")
+def _check_new(layers, name, rank, alpha, dropout):
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{name!r} cannot name an adapter; use letters, digits and _, e.g. 'reviews'; torch has taken some"
+        )
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank {rank!r} is none; it must be a whole number from 1 up, e.g. 8")
     if not alpha > 0:
         raise ValueError(f"alpha {alpha!r} must be above 0, e.g. 16")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout!r} is no probability below 1, e.g. 0.05")
     for path, layer in layers.items():
         if rank > min(_sizes(_base(layer))):
             shape = " x ".join(map(str, _sizes(_base(layer))))
