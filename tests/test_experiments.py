@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tuning.experiments import (
+    bench,
     four_way,
     instruction,
     learning_curve,
@@ -394,3 +395,17 @@ def test_nothing_tested_is_trained_on():
     asked = instruction.ask_for(records["test"][:50], instruction.UNSEEN, 0)
     assert all(record_["place"] in question for question, record_ in asked)
     assert len({question.replace(record_["place"], "{}") for question, record_ in asked}) == len(instruction.UNSEEN)
+
+
+def test_the_bench_of_adapters_on_a_tiny_model(tiny_gpt2, monkeypatch):
+    """That it runs, alternates both libraries and has a budget for each figure; what it finds there means nothing."""
+    real = bench.load_lm
+    monkeypatch.setattr(bench, "load_lm", lambda **options: real(tiny_gpt2, **options))
+    monkeypatch.setattr(bench, "lora_peak", lambda whose, device: 1.0)
+    found = bench.measure_lora("cpu", rounds=1)
+    assert set(found) <= set(bench.BUDGETS) and all(value > 0 for value in found.values())
+    assert len(found) == 5
+    ours, weights = bench.lora_model("ours", "cpu")
+    before = weights[1].detach().clone()
+    bench.lora_step(ours, weights)()
+    assert not torch.equal(weights[1], before)  # a step trains
