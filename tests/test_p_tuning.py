@@ -249,7 +249,7 @@ def test_a_saved_prompt_comes_back_with_its_template(smollm2, tmp_path):
 def test_a_prompt_of_another_model_is_refused(smollm2, gpt2, tmp_path):
     path = tmp_path / "prompt.safetensors"
     save_prompt(path, smollm2[0], "[P] [X] [Y].", random_vectors(smollm2[0], 1))
-    with pytest.raises(ValueError, match="trained on HuggingFaceTB/SmolLM2-135M-Instruct with vectors of size 576"):
+    with pytest.raises(ValueError, match="trained on HuggingFaceTB/SmolLM2-135M-Instruct and means nothing to"):
         load_prompt(path, gpt2[0])
 
 
