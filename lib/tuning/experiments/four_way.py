@@ -10,7 +10,6 @@ kind and one draw, on dev, and then fixed. Beside the score on the task, every r
 P@1 on a relation that was not touched, and perplexity on other text.
 """
 
-import argparse
 import copy
 import math
 import random
@@ -28,7 +27,7 @@ from ..p_tuning import PromptEncoder, answer_loss, prompt_logits, soften
 from ..prompts import answer_id, bootstrap_interval, hits_at_1
 from ..training import Classifier, last_token, mean_of_tokens, train
 from .learning_curve import balanced
-from .record import RESULTS, Recorder
+from .record import Recorder, option_parser
 
 METHODS = ("manual prompt", "fine-tuning", "manual prompt and fine-tuning", "P-tuning")
 TUNED_TOO = "P-tuning and fine-tuning"  # on language understanding only
@@ -299,15 +298,10 @@ def majority(task):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="or a hub id, or a folder")
-    parser.add_argument("--device", default=None)
+    parser = option_parser(__doc__)
     parser.add_argument("--lama", default=None, help="folder with a folder a relation, each with LAMA's JSONL files")
     parser.add_argument("--superglue", default=None, help="folder of the unpacked release, or a hub id")
     parser.add_argument("--reviews", default=None, help="folder of SST-2's JSONL files, or a hub id")
-    parser.add_argument("--steps", type=int, default=None, help="of every training, to try things out")
-    parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args(arguments)
 
     model, tokenizer = load_lm(options.model, options.device, torch.float32)

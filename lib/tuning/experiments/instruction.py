@@ -9,11 +9,9 @@ record (valid, each field right) and everything that should not have changed: un
 plain words, and perplexity on other text.
 """
 
-import argparse
 import copy
 import json
 import random
-from pathlib import Path
 
 import torch
 
@@ -24,7 +22,7 @@ from ..models import load_lm
 from ..p_tuning import PromptEncoder
 from ..training import train
 from .four_way import perplexity
-from .record import RESULTS, Recorder
+from .record import Recorder, option_parser
 
 FIELDS = ("place", "country", "continent")
 WORDINGS = (
@@ -269,15 +267,7 @@ def load_data(model, tokenizer, limit=None):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="smollm2-135m", help="or a hub id, or a folder, of a model with a chat template"
-    )
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--limit", type=int, default=None, help="rows of everything, to try things out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
+    options = option_parser(__doc__, STEPS).parse_args(arguments)  # the model needs a chat template
     model, tokenizer = load_lm(options.model, options.device)
     model.requires_grad_(False)
     data = load_data(model, tokenizer, options.limit)

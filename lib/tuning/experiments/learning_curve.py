@@ -8,9 +8,7 @@ is made on as many dev sentences as there are training sentences, 32 at least, a
 without their labels; figures are on the test set.
 """
 
-import argparse
 import random
-from pathlib import Path
 
 import torch
 
@@ -18,7 +16,7 @@ from ..data import load_reviews
 from ..models import load_encoder, load_lm
 from ..prompts import answer_id, answer_logits, bootstrap_interval, calibrate, class_log_probs, encode, few_shot
 from ..training import Classifier, mean_of_tokens, train
-from .record import RESULTS, Recorder
+from .record import Recorder, option_parser
 
 SIZES = (8, 32, 128, 512, None)  # training sentences; None: all
 STEPS = {8: 40, 32: 80, 128: 120, 512: 200, None: 450}
@@ -28,6 +26,13 @@ SHOTS = (0, 1, 2, 4, 8)
 SEEDS = (0, 1, 2)
 TEMPLATE = "Review: [X]\nSentiment: [Y]."
 WORDS = ("negative", "positive")  # of class 0 and class 1
+
+
+def labelled_reviews(limit=None):
+    """Per split the first `limit` (sentence, label) of the movie reviews, or all."""
+    return {
+        split: list(zip(rows["sentence"], rows["label"], strict=True))[:limit] for split, rows in load_reviews().items()
+    }
 
 
 def balanced(rows, count, seed):
@@ -44,11 +49,13 @@ def balanced(rows, count, seed):
 @torch.no_grad()
 def predictions(classifier, rows, batch_size=64):
     """(n,) bool: which rows the classifier gets right."""
-    guesses = [
-        classifier([text for text, _ in rows[start : start + batch_size]]).argmax(dim=1).cpu()
-        for start in range(0, len(rows), batch_size)
-    ]
-    return torch.cat(guesses) == torch.tensor([label for _, label in rows])
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # texts of like length waste little on padding
+    right = torch.empty(len(rows), dtype=torch.bool)
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        guesses = classifier([rows[row][0] for row in chosen]).argmax(dim=1).cpu()
+        right[chosen] = guesses == torch.tensor([rows[row][1] for row in chosen])
+    return right
 
 
 def fine_tune(data, count, seed, lr, steps, device):
@@ -116,18 +123,8 @@ def ask(data, model, tokenizer, shots, seed, template=TEMPLATE, words=WORDS):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
-    parser.add_argument("--steps", type=int, default=None, help="of each fine-tuning, to try things out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
-
-    reviews = load_reviews()
-    data = {
-        split: list(zip(rows["sentence"], rows["label"], strict=True))[: options.limit]
-        for split, rows in reviews.items()
-    }
+    options = option_parser(__doc__, model=None).parse_args(arguments)
+    data = labelled_reviews(options.limit)
     sizes = [size for size in SIZES if size is None or size <= len(data["train"]) // 4]
     model, tokenizer = load_lm(device=options.device)
     total = len(RATES) + len(sizes) * len(SEEDS) + 1 + (len(SHOTS) - 1) * len(SEEDS)

@@ -9,15 +9,11 @@ parameters of rank 8, on one seed; every table then has three. The head is train
 Each run chooses its step on 200 dev sentences and is scored on all test sentences.
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 
-from ..data import load_reviews
 from ..lora import adapted_layers, add_lora
-from .learning_curve import new_classifier, train_classifier
-from .record import RESULTS, Recorder
+from .learning_curve import labelled_reviews, new_classifier, train_classifier
+from .record import Recorder, option_parser
 
 Q, K, V, O = (f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense"))  # noqa: E741
 ATTENTION = [Q, K, V, O]
@@ -111,17 +107,8 @@ def compare_directions(data, lr, steps, device):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
-    reviews = load_reviews()
-    data = {
-        split: list(zip(rows["sentence"], rows["label"], strict=True))[: options.limit]
-        for split, rows in reviews.items()
-    }
+    options = option_parser(__doc__, STEPS, model=None).parse_args(arguments)
+    data = labelled_reviews(options.limit)
     rates = sum(len(FULL_RATES if name == "full" else RATES) for name in SWEPT)
     tables = len(BUDGET) + len(BY_RANK) * len(RANKS) + 2 * len(SIZES)
     device = torch.device(options.device or "cpu")

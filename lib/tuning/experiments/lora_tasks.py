@@ -6,23 +6,14 @@ Rank 8 beside all linear layers, α 16, with the manual prompt: the same tasks, 
 `four_way` has, so its rows stand beside these. The rate is swept on P17 and on the reviews.
 """
 
-import argparse
-from pathlib import Path
-
 from ..data import load_reviews, load_wic
 from ..models import load_lm
 from .four_way import LORA, PROBES, RATES, SEEDS, SWEPT_ON, UNDERSTANDING, probing_task, run, understanding_task
-from .record import RESULTS, Recorder
+from .record import Recorder, option_parser
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m", help="or a hub id, or a folder")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--steps", type=int, default=None, help="of every training, to try things out")
-    parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
+    options = option_parser(__doc__).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device)
     plain = [row["sentence1"] for row in load_wic()["test"]][:100]
     film = [row["sentence"] for row in load_reviews()["test"]][-100:]

@@ -18,14 +18,14 @@ from .prompt_tuning import (
     HANDCRAFTED,
     RELATION,
     SEEDS,
+    STEPS,
     facts_with_ids,
-    parse,
     pseudo_template,
     share_right,
     summary,
     tune,
 )
-from .record import Recorder
+from .record import Recorder, option_parser
 
 LENGTH = 6  # the paper's template (3,3,0)
 KINDS = {"MLP": 0, "BiLSTM and MLP": 2, "BiLSTM and MLP, from text": 2}  # layers of the LSTM
@@ -43,7 +43,7 @@ def build(model, tokenizer, kind, seed, wording=HANDCRAFTED):
 
 
 def main(arguments=None):
-    options = parse(arguments, __doc__)
+    options = option_parser(__doc__, STEPS).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device)
     model.requires_grad_(False)
     data = facts_with_ids(tokenizer, RELATION, limit=options.limit)

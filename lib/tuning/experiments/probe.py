@@ -6,10 +6,8 @@ Facts are those of `load_facts`. Templates are not trained, so on the small rela
 P17 on the test set of fold 0. Whatever is chosen (a paraphrase, trigger tokens) is chosen on dev, and reported on test.
 """
 
-import argparse
 import itertools
 import random
-from pathlib import Path
 
 import torch
 from datasets import concatenate_datasets
@@ -17,7 +15,7 @@ from datasets import concatenate_datasets
 from ..data import TEMPLATES, load_facts
 from ..models import load_lm
 from ..prompts import answer_id, answer_logits, bootstrap_interval, encode, few_shot, hits_at_1, search_triggers
-from .record import RESULTS, Recorder
+from .record import Recorder, option_parser
 
 RELATIONS = ("P17", "P1376", "P37", "P30")
 # A grammar a relation: the candidates of the paraphrase search are all ways to pick one phrase from each place.
@@ -216,13 +214,7 @@ def search_tokens(probe, start, seed, steps, check_every=3):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--steps", type=int, default=30, help="steps of each token search")
-    parser.add_argument("--limit", type=int, default=None, help="rows a split (at least 8), to try things out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    options = parser.parse_args(arguments)
+    options = option_parser(__doc__, steps=30).parse_args(arguments)  # --limit: at least 8
 
     model, tokenizer = load_lm(options.model, options.device)
     torch.manual_seed(0)

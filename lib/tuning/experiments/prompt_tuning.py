@@ -7,9 +7,6 @@ on one seed; the starts are then compared over three seeds, and the lengths, fro
 words make eight vectors, the other starts have six: starts are compared as one would use them.)
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from ..data import load_facts
@@ -17,7 +14,7 @@ from ..models import load_lm
 from ..p_tuning import PromptVectors, answer_loss, prompt_logits, soften
 from ..prompts import answer_id, bootstrap_interval, hits_at_1
 from ..training import train
-from .record import RESULTS, Recorder
+from .record import Recorder, option_parser
 
 RELATION = "P17"
 HANDCRAFTED = "The city of [X] is in the country of [Y]."  # the best of chapter 2's on dev and test
@@ -100,18 +97,8 @@ def tune(model, tokenizer, data, template, encoder, lr, steps, seed, test=True):
     return {**found, "test": summary(share_right(model, tokenizer, template, data["test"], vectors))} if test else found
 
 
-def parse(arguments, description):
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    return parser.parse_args(arguments)
-
-
 def main(arguments=None):
-    options = parse(arguments, __doc__)
+    options = option_parser(__doc__, STEPS).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device)
     model.requires_grad_(False)
     data = facts_with_ids(tokenizer, RELATION, limit=options.limit)

@@ -1,5 +1,6 @@
 """Run an experiment in resumable pieces and write its results together with where they come from."""
 
+import argparse
 import json
 import os
 import platform
@@ -77,6 +78,18 @@ class Recorder:
         self.partial.rmdir()
         print(f"wrote {path.name}: {self.seconds:.0f} s of computing", flush=True)
         return path
+
+
+def option_parser(doc, steps=None, model="smollm2-135m"):
+    """The options that all experiments have: the first line of `doc`, the default of --steps and that of --model."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    if model:
+        parser.add_argument("--model", default=model, help="or a hub id, or a folder")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--steps", type=int, default=steps, help="of each training or search, to try things out")
+    parser.add_argument("--limit", type=int, default=None, help="rows a split, to try things out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
+    return parser
 
 
 def load_results(name, folder=RESULTS):
