@@ -293,7 +293,7 @@ def test_perplexity_is_that_of_each_text_alone(gpt2):
 def test_lora_runs_small(tmp_path, monkeypatch):
     monkeypatch.setattr(lora, "SEEDS", (0,))
     monkeypatch.setattr(lora, "RANKS", (2,))
-    monkeypatch.setattr(lora, "SIZES", (8, None))
+    monkeypatch.setattr(lora, "SIZES", (8, 16))
     monkeypatch.setattr(lora, "COUNT", 16)
     monkeypatch.setattr(lora, "RATES", (1e-3, 1e-2))
     monkeypatch.setattr(lora, "FULL_RATES", (1e-4,))
@@ -303,7 +303,7 @@ def test_lora_runs_small(tmp_path, monkeypatch):
     assert len(saved) == 1 + 4 * 2 + 8 + 4 + 4 + 1
     trained = {key: run["trained"] for key, run in saved.items() if "trained" in run}
     assert {trained[f"budget/{name}/0"] for name in lora.BUDGET} == {6 * 27_648, 6 * 26_880}
-    assert trained["sweep/r = 8/0.001"] == trained["sweep/attention, r = 18/0.001"] == 8 * trained["data/r = 1/all/0"]
+    assert trained["sweep/r = 8/0.001"] == trained["sweep/attention, r = 18/0.001"] == 8 * trained["data/r = 1/16/0"]
     assert trained["data/full/8/0"] == 22_713_216 and saved["data/full/8/0"]["n"] == 8
     best = max((saved[f"sweep/r = 8/{lr:g}"]["dev"], -lr) for lr in (1e-3, 1e-2))
     assert saved["rank/all/2/0"]["lr"] == saved["budget/MLP/0"]["lr"] == -best[1]

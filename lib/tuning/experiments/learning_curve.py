@@ -69,10 +69,11 @@ def new_classifier(seed, device):
     return Classifier(*load_encoder(device=device, dtype=torch.float32), classes=2, pool=mean_of_tokens)
 
 
-def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None):
+def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None, scores=8):
     """Train what requires gradients on `count` sentences; the accuracy on test with an interval, and the run.
 
-    The step is chosen on `dev_count` sentences; if None on as many as there are to train on, `DEV` at least.
+    The step is chosen on `dev_count` sentences; if None on as many as there are to train on, `DEV` at least. They are
+    scored before the first step and `scores` times after.
     """
     rows = balanced(data["train"], count, seed)
     dev = balanced(data["dev"], dev_count or (count and max(DEV, count)), seed)
@@ -88,7 +89,7 @@ def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None):
         score=lambda: predictions(classifier, dev).double().mean().item(),
         batch_size=min(16, len(rows)),
         seed=seed,
-        every=max(1, steps // 8),
+        every=max(1, steps // scores),
     )
     kept = {"dev": history.best_score, "step": history.best_step, "seconds": history.seconds}
     return {"n": len(rows), "seed": seed, "lr": lr, **accuracy(predictions(classifier, data["test"])), **kept}

@@ -41,9 +41,9 @@ BUDGET = {  # which matrices at 27,648 trained numbers a layer, the MLP's at 26,
 }
 BY_RANK = {"q": [Q], "q, v": [Q, V], "q, k, v, o": ATTENTION, "all": ALL}
 RANKS = (1, 2, 8, 64)
-SIZES = (128, 1024, None)  # training sentences; None: all
+SIZES = (64, 256, 1024)  # training sentences
 SEEDS = (0, 1, 2)
-COUNT, STEPS, DEV = 1024, 128, 200
+COUNT, STEPS, DEV = 1024, 64, 200
 
 
 def train_adapters(data, targets, rank, lr, seed, count, steps, device):
@@ -52,7 +52,7 @@ def train_adapters(data, targets, rank, lr, seed, count, steps, device):
     if targets is not None:
         add_lora(classifier.body, targets, rank, ALPHA)
     trained = sum(weight.numel() for weight in classifier.body.parameters() if weight.requires_grad)
-    found = train_classifier(classifier, data, count, seed, lr, steps, min(DEV, len(data["dev"]) // 4))
+    found = train_classifier(classifier, data, count, seed, lr, steps, min(DEV, len(data["dev"]) // 4), scores=4)
     return classifier, {"targets": targets, "rank": rank, "trained": trained, **found}
 
 
@@ -139,7 +139,7 @@ def main(arguments=None):
         for size in SIZES:
             for name in ("full", "r = 1"):
                 swept = (*SWEPT[name], best[name])
-                recorder.piece(f"data/{name}/{size or 'all'}/{seed}", lambda w=swept, s=seed, n=size: run(*w, s, n))
+                recorder.piece(f"data/{name}/{size}/{seed}", lambda w=swept, s=seed, n=size: run(*w, s, n))
     recorder.piece("directions", lambda: compare_directions(data, rate([Q, V]), options.steps, device))
     recorder.finish()
 
