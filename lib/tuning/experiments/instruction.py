@@ -113,7 +113,7 @@ RATES = {
 INSTRUCTION = "Answer with a JSON record of the place, its country and its continent. "  # where P-tuning starts
 MIXED = "LoRA, general replies mixed in"
 SEEDS = (0, 1, 2)
-STEPS, BATCH, CITIES, MIX = 60, 8, 100, 0.25
+STEPS, BATCH, CITIES, MIX = 60, 4, 100, 0.25
 
 
 def place_records():
@@ -256,7 +256,7 @@ def load_data(model, tokenizer, limit=None):
     }
     return {
         "train": talks["train"],
-        "dev": talks["dev"][:48],
+        "dev": talks["dev"][:24],
         "seen": ask_for(shuffled, WORDINGS, 1),
         "unseen": ask_for(shuffled, UNSEEN, 1),
         "general": own_replies(model, tokenizer, GENERAL[:limit]),
