@@ -43,25 +43,25 @@ UNSEEN = (
     "Which continent does {} belong to?",
     "Have you ever heard of {}?",
 )
-GENERAL = (  # questions for the mixed-in replies
-    "What is the opposite of hot?",
-    "Write a sentence about dogs.",
-    "How many days are in a week?",
-    "What color is the sky on a clear day?",
-    "Give me three fruits.",
-    "Explain what a bicycle is.",
-    "What is 2 plus 3?",
+GENERAL = (  # questions for the mixed-in replies; none is one of UNRELATED with a word changed
+    "Hello!",
+    "Can you help me with my homework?",
     "Write a short poem about rain.",
-    "What do bees make?",
-    "Name a musical instrument.",
-    "How do I boil an egg?",
-    "What is the plural of mouse?",
-    "Tell me a fact about the moon.",
-    "Why do people sleep?",
-    "What is the first month of the year?",
-    "Suggest a name for a cat.",
-    "What is water made of?",
-    "Give me a synonym of happy.",
+    "Correct this sentence: he go to school.",
+    "Translate 'good night' into French.",
+    "Which is heavier, a feather or a stone?",
+    "What does a doctor do?",
+    "Summarize: the meeting was long and nothing was decided.",
+    "Thank you very much.",
+    "I feel tired today.",
+    "What can you do?",
+    "Why do we have seasons?",
+    "Sort these numbers: 3, 1, 2.",
+    "What is a verb?",
+    "Give me advice for a job interview.",
+    "Who invented the telephone?",
+    "Is a whale a fish?",
+    "How do birds find their way?",
     "What is a computer?",
     "Who wrote Romeo and Juliet?",
     "How many legs does a spider have?",
@@ -75,7 +75,7 @@ GENERAL = (  # questions for the mixed-in replies
     "What is a good breakfast?",
     "How do you say thank you politely?",
     "What season comes after winter?",
-    "What is the square of 4?",
+    "Finish the proverb: the early bird",
 )
 UNRELATED = (  # never trained on
     "What is the opposite of tall?",
@@ -166,7 +166,7 @@ def score_records(model, tokenizer, asked, vectors=None):
     return found
 
 
-def own_replies(model, tokenizer, questions, max_new_tokens=48):
+def own_replies(model, tokenizer, questions, max_new_tokens=64):
     """Conversations with the model's own greedy replies, of those that come to an end."""
     replies = reply(model, tokenizer, list(questions), max_new_tokens)
     return [
