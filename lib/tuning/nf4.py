@@ -5,11 +5,21 @@ becomes the index of the nearest of sixteen levels, and two indices share a byte
 are those of bitsandbytes, bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Quantized", "dequantize", "dynamic_map", "nearest", "normal_levels", "pack", "quantize", "unpack"]
+__all__ = [
+    "Quantized",
+    "dequantize",
+    "dynamic_map",
+    "nearest",
+    "normal_levels",
+    "pack",
+    "quantize",
+    "quantize_scales",
+    "unpack",
+]
 
 # The levels in use. `normal_levels` derives them; rounding in their derivation differs, so these constants are kept.
 NF4 = (
@@ -109,14 +119,13 @@ class Quantized:
         return 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors) / self.shape.numel()
 
 
-def quantize(weight, kind="nf4", block_size=64, double=False):
+def quantize(weight, kind="nf4", block_size=64):
     """Quantize a weight in blocks along its rows, one after the other.
 
     Args:
         weight: float32, bfloat16 or float16, any shape.
         kind: "nf4"; or "fp4" (E2M1) or "int4", to compare with.
         block_size: numbers that share a scale, a power of two.
-        double: quantize the scales too (section 3, "Double Quantization").
 
     Raises:
         ValueError: an empty or non-finite weight, another dtype, kind or block size.
@@ -124,12 +133,16 @@ def quantize(weight, kind="nf4", block_size=64, double=False):
     _check(weight, kind, block_size)
     levels = torch.tensor(LEVELS[kind], device=weight.device)
     codes, scales = nearest(weight.detach().flatten().float(), levels, block_size)
-    second = None
-    if double:
-        mean = scales.mean()
-        scales, largest = nearest(scales - mean, dynamic_map().to(weight.device), SCALE_BLOCK)
-        scales, second = scales.to(torch.uint8), (largest, mean)
-    return Quantized(pack(codes), scales, second, weight.shape, weight.dtype, kind, block_size)
+    return Quantized(pack(codes), scales, None, weight.shape, weight.dtype, kind, block_size)
+
+
+def quantize_scales(quantized):
+    """Double quantization (section 3): the scales, less their mean, in 8 bits of the dynamic type, in blocks of 256."""
+    if quantized.second is not None:
+        raise ValueError("the scales are in 8 bits already")
+    mean = quantized.scales.mean()
+    codes, largest = nearest(quantized.scales - mean, dynamic_map().to(mean.device), SCALE_BLOCK)
+    return replace(quantized, scales=codes.to(torch.uint8), second=(largest, mean))
 
 
 def dequantize(quantized):
