@@ -71,7 +71,7 @@ def load_lm(name="smollm2-135m", device=None, dtype=None):
         ModuleNotFoundError: the package with the default weights is missing; the message names the command.
         ValueError: the packaged file was altered, or no such model was found.
     """
-    source = _cached_smollm2() if name == "smollm2-135m" else name
+    source = model_source(name)
     config = _from_pretrained(AutoConfig, source, name)
     masked = any(architecture.endswith("ForMaskedLM") for architecture in config.architectures or [])
     model, tokenizer = _load(AutoModelForMaskedLM if masked else AutoModelForCausalLM, source, name, device, dtype)
@@ -80,6 +80,11 @@ def load_lm(name="smollm2-135m", device=None, dtype=None):
             None  # some causal models' tokenizers name one; having none is what tells the kinds apart
         )
     return model, tokenizer
+
+
+def model_source(name):
+    """Where `load_lm` finds a model: the folder of the default one, converted if need be, else the name itself."""
+    return _cached_smollm2() if name == "smollm2-135m" else name
 
 
 def load_encoder(name="minilm", device=None, dtype=None):

@@ -147,6 +147,7 @@ def quantize_scales(quantized):
 
 def dequantize(quantized):
     """The weight that the codes stand for, in the dtype and shape of the one that was quantized."""
+    check_quantized(quantized)
     q, device = quantized, quantized.codes.device
     levels = torch.tensor(LEVELS[q.kind], device=device)
     both = unpack(torch.arange(256, dtype=torch.uint8, device=device), 512).int()
@@ -169,6 +170,19 @@ def scale_up(numbers, scales, block_size):
     full = len(numbers) - len(numbers) % block_size
     scaled = (numbers[:full].view(-1, block_size) * scales[: full // block_size].unsqueeze(1)).flatten()
     return scaled if full == len(numbers) else torch.cat([scaled, numbers[full:] * scales[-1]])
+
+
+def check_quantized(quantized, path="the weight"):
+    """Raise ValueError where the lengths of a weight's tensors do not fit its shape."""
+    q, n = quantized, quantized.shape.numel()
+    blocks = -(-n // q.block_size)
+    expected = {"codes": (q.codes, -(-n // 2)), "scales": (q.scales, blocks)}
+    if q.second is not None:
+        expected["scales of the scales"] = (q.second[0], -(-blocks // SCALE_BLOCK))
+    for what, (tensor, length) in expected.items():
+        if tensor is None or tensor.shape != (length,):
+            found = "none" if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{path}: {what} have shape {found}; a weight of {tuple(q.shape)} needs ({length},)")
 
 
 def _check(weight, kind, block_size):

@@ -1,0 +1,157 @@
+"""QLoRA: a frozen model in four bits, and adapters trained through it (Dettmers et al., arXiv 2305.14314).
+
+`load_lm_4bit` (or `quantize_model`) gives a model with `Linear4bit` layers; `tuning.lora.add_lora` puts adapters beside
+them; `prepare_for_training` makes the rest fit for it; `PagedAdamW` keeps its states in the host's memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .nf4 import Quantized, dequantize, quantize, quantize_scales
+
+__all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "prepare_for_training", "quantize_model"]
+
+
+class FourBitProduct(torch.autograd.Function):
+    """x W^T + b with W in four bits. Forward and backward each dequantize it; neither x nor W is kept in between."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.dequantized(grad.dtype), None
+
+
+class Linear4bit(nn.Linear):
+    """A frozen linear layer with its weight in four bits; it computes in the dtype of its input.
+
+    Args:
+        quantized: the weight, (out, in), from `quantize`, with `quantize_scales` or without.
+        bias: (out,) or None; frozen too.
+
+    `weight` holds the packed codes, (ceil(out · in / 2),) uint8. A parameter of whole numbers cannot be trained, and
+    torch says so where it is tried.
+    """
+
+    def __init__(self, quantized, bias=None):
+        nn.Module.__init__(self)  # nn.Linear's would make a weight of the full size
+        self.out_features, self.in_features = quantized.shape
+        self.kind, self.block_size, self.weight_dtype = quantized.kind, quantized.block_size, quantized.dtype
+        self.weight = nn.Parameter(quantized.codes, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("scales", quantized.scales)
+        largest, mean = quantized.second or (None, None)
+        self.register_buffer("scale_scales", largest)
+        self.register_buffer("scale_mean", mean)
+
+    def forward(self, x):
+        return FourBitProduct.apply(x, self)
+
+    def quantized(self):
+        """The weight as `quantize` gave it."""
+        second = None if self.scale_scales is None else (self.scale_scales, self.scale_mean)
+        shape = torch.Size((self.out_features, self.in_features))
+        return Quantized(self.weight.data, self.scales, second, shape, self.weight_dtype, self.kind, self.block_size)
+
+    def dequantized(self, dtype):
+        """(out, in), in the dtype given, by way of the weight's own."""
+        return dequantize(self.quantized()).to(dtype)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.quantized().bits():.3f} bits"
+
+
+def quantize_model(model, kind="nf4", block_size=64, double=True):
+    """Replace every linear layer but the output layer by its `Linear4bit`, in place; the model is frozen then.
+
+    Raises:
+        ValueError: no linear layer, or one that is quantized already, has an adapter or cannot be quantized.
+    """
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = {p: layer for p, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output}
+    if not layers:
+        raise ValueError("this model has no linear layer to quantize")
+    for path, layer in layers.items():
+        if isinstance(layer, Linear4bit):
+            raise ValueError(f"{path} is in four bits already")
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        model.set_submodule(path, four_bit(layer, kind, block_size, double))
+    return model
+
+
+def four_bit(layer, kind="nf4", block_size=64, double=True):
+    """A linear layer in four bits."""
+    quantized = quantize(layer.weight, kind, block_size)
+    return Linear4bit(quantize_scales(quantized) if double else quantized, layer.bias).train(layer.training)
+
+
+def dequantize_model(model):
+    """Put plain linear layers back, in place, with the weights that the codes stand for, in their dtype."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Linear4bit):
+            with torch.device("meta"):
+                plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            plain.weight = nn.Parameter(layer.dequantized(layer.weight_dtype), requires_grad=False)
+            plain.bias = layer.bias
+            model.set_submodule(path, plain.train(layer.training))
+    return model
+
+
+def prepare_for_training(model, checkpointing=True):
+    """Freeze the model, raise what is left in 16 bits to float32, and forget activations between layers.
+
+    What is raised are the norms and the embeddings (and a head that shares their weight): at 7B half a gigabyte more.
+
+    Args:
+        checkpointing: compute each layer's activations again in backward instead of keeping them.
+    """
+    model.requires_grad_(False)
+    for weight in model.parameters():
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            weight.data = weight.data.float()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+class PagedAdamW(torch.optim.Optimizer):
+    """AdamW whose two averages live in the host's memory; a step brings in those of one parameter at a time.
+
+    For CUDA the host's memory is pinned, so that copies need not wait. bitsandbytes takes memory that the driver moves
+    page by page instead, and only when the GPU runs out. Arguments as in `torch.optim.AdamW`.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.update(weight, group)
+        return loss
+
+    def update(self, weight, group):
+        state = self.state[weight]
+        if not state:
+            options = {"device": "cpu", "dtype": torch.float32, "pin_memory": weight.is_cuda}
+            state["step"] = 0
+            state["mean"], state["square"] = (torch.zeros(weight.shape, **options) for _ in range(2))
+        state["step"] += 1
+        mean, square = (state[name].to(weight.device, non_blocking=True) for name in ("mean", "square"))  # in
+        beta1, beta2 = group["betas"]
+        grad = weight.grad.float()
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        scale = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1 ** state["step"]))
+        for name, moved in (("mean", mean), ("square", square)):  # out
+            state[name].copy_(moved, non_blocking=True)
