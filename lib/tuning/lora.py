@@ -309,5 +309,7 @@ def _to_merge(model):
     if not chosen or any(isinstance(layer.active, list) for layer in chosen):
         raise ValueError("merge folds one adapter into the weights; choose it with use_adapter(model, name)")
     for layer in chosen:
+        if not layer.base.weight.is_floating_point():
+            raise ValueError("the weights are in four bits, which cannot hold the change; see qlora.dequantize_model")
         _check_finite(layer.adapters[layer.active].state_dict())
     return chosen

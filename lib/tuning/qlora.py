@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .lora import AdaptedLayer
 from .nf4 import Quantized, dequantize, quantize, quantize_scales
 
 __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "prepare_for_training", "quantize_model"]
@@ -78,6 +79,8 @@ def quantize_model(model, kind="nf4", block_size=64, double=True):
     for path, layer in layers.items():
         if isinstance(layer, Linear4bit):
             raise ValueError(f"{path} is in four bits already")
+        if ".adapters." in path or path.endswith(".base"):
+            raise ValueError(f"{path} belongs to an adapter; quantize the model first, then call add_lora")
     model.requires_grad_(False)
     for path, layer in layers.items():
         model.set_submodule(path, four_bit(layer, kind, block_size, double))
@@ -106,16 +109,23 @@ def prepare_for_training(model, checkpointing=True):
     """Freeze the model, raise what is left in 16 bits to float32, and forget activations between layers.
 
     What is raised are the norms and the embeddings (and a head that shares their weight): at 7B half a gigabyte more.
+    Call it before `add_lora`, for it freezes everything.
 
     Args:
         checkpointing: compute each layer's activations again in backward instead of keeping them.
+
+    Raises:
+        ValueError: the model has adapters already.
     """
+    if any(isinstance(layer, AdaptedLayer) for layer in model.modules()):
+        raise ValueError("this model has adapters, which this would freeze; prepare it first, then call add_lora")
     model.requires_grad_(False)
     for weight in model.parameters():
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight.data = weight.data.float()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

@@ -1,0 +1,218 @@
+"""QLoRA: Linear4bit against bitsandbytes, a whole model against transformers' own, files, paged AdamW, bad input."""
+
+import copy
+import json
+import logging
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tuning.four_bit_files import SETTINGS, TENSORS, load_lm_4bit, save_4bit
+from tuning.lora import add_lora, merge
+from tuning.nf4 import dequantize, quantize, quantize_scales
+from tuning.qlora import Linear4bit, PagedAdamW, dequantize_model, prepare_for_training, quantize_model
+
+logging.disable(logging.WARNING)
+import bitsandbytes as bnb  # noqa: E402
+
+logging.disable(logging.NOTSET)
+
+IDS = torch.tensor([[1, 2, 3, 4], [10, 4, 0, 7]])
+
+
+@pytest.fixture
+def tiny_llama(tmp_path, tiny_bert):
+    """A tiny model, and the folder that it and a tokenizer are saved in."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_bytes((tiny_bert / file).read_bytes())
+    return model, tmp_path / "model"
+
+
+def theirs_of(layer, double):
+    """bitsandbytes' layer of the same weight, in training mode, for in evaluation another kernel may compute."""
+    found = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
+    options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": double}
+    found.weight = bnb.nn.Params4bit(layer.weight.data.clone(), **options).to("cpu")
+    found.bias = layer.bias
+    return found.train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(96, 40), (50, 7), (33, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_gradient_are_those_of_bitsandbytes(shape, dtype, bias):
+    torch.manual_seed(0)
+    layer = nn.Linear(*shape, bias=bias).to(dtype).requires_grad_(False)
+    ours, theirs = Linear4bit(quantize(layer.weight), layer.bias), theirs_of(layer, double=False)
+    x = torch.randn(3, 5, shape[0], dtype=dtype, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    found, expected = ours(x), theirs(twin)
+    g = torch.randn_like(found)
+    found.backward(g)
+    expected.backward(g)
+    assert found.dtype == dtype and torch.equal(found, expected) and torch.equal(x.grad, twin.grad)
+
+
+def test_nothing_is_kept_for_backward_but_the_codes():
+    layer, saved = Linear4bit(quantize(torch.randn(40, 64))), []
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert saved == []
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantized(torch.float32).sum(dim=0).expand(3, -1))
+
+
+def test_a_whole_model_is_transformers_own(tiny_llama):
+    _, folder = tiny_llama
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    expected = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    ).train()
+    model, _ = load_lm_4bit(folder, "cpu", torch.float32, double=False)
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizing_while_reading_saving_and_loading(tiny_llama, tmp_path, double, dtype):
+    _, folder = tiny_llama
+    read, tokenizer = load_lm_4bit(folder, "cpu", dtype, double=double)
+    whole = quantize_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), double=double)
+    assert torch.equal(read(IDS).logits, whole(IDS).logits)
+    save_4bit(tmp_path / "four", read, tokenizer)
+    again, _ = load_lm_4bit(tmp_path / "four", "cpu", dtype)
+    assert torch.equal(again(IDS).logits, read(IDS).logits)
+    assert again.model.embed_tokens.weight is again.lm_head.weight
+    assert not any(weight.requires_grad for weight in again.parameters())
+    plain = dequantize_model(again)
+    assert type(plain.model.layers[0].mlp.up_proj) is nn.Linear
+    torch.testing.assert_close(plain(IDS).logits, read(IDS).logits)
+
+
+def test_adapters_train_through_four_bits(tiny_llama):
+    model = prepare_for_training(quantize_model(tiny_llama[0]), checkpointing=False)
+    torch.manual_seed(0)
+    add_lora(model, rank=4, alpha=8)
+    before = [layer.weight.clone() for layer in model.modules() if isinstance(layer, Linear4bit)]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer, losses = PagedAdamW(trained, lr=0.05, weight_decay=0), []
+    for _ in range(40):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    after = [layer.weight for layer in model.modules() if isinstance(layer, Linear4bit)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    with pytest.raises(ValueError, match="dequantize_model"):
+        merge(model)
+
+
+def test_checkpointing_changes_no_gradient(tiny_llama):
+    found = {}
+    for checkpointing in (False, True):
+        model = prepare_for_training(quantize_model(copy.deepcopy(tiny_llama[0])), checkpointing).train()
+        torch.manual_seed(0)
+        add_lora(model, rank=4, alpha=8)
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        found[checkpointing] = [weight.grad for weight in model.parameters() if weight.requires_grad]
+    assert found[True] and any(grad.any() for grad in found[True])
+    for one, other in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_preparing_raises_what_is_in_16_bits(tiny_llama):
+    model = quantize_model(tiny_llama[0].to(torch.bfloat16))
+    prepare_for_training(model)
+    assert model.model.norm.weight.dtype == model.lm_head.weight.dtype == torch.float32
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    add_lora(model)
+    with pytest.raises(ValueError, match="prepare it first"):
+        prepare_for_training(model)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (17,)])
+def test_paged_adamw_is_adamw(shape):
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.randn(shape, dtype=torch.double).float()) for _ in range(2))
+    theirs.data = ours.detach().clone()
+    options = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    one, other = PagedAdamW([ours], **options), torch.optim.AdamW([theirs], **options)
+    for step in range(20):
+        ours.grad, theirs.grad = (torch.randn(shape, generator=torch.Generator().manual_seed(step)) for _ in range(2))
+        one.step()
+        other.step()
+    torch.testing.assert_close(ours, theirs)
+    assert one.state[ours]["mean"].device.type == "cpu"
+
+
+def test_a_quantized_weight_cannot_be_trained():
+    layer = Linear4bit(quantize_scales(quantize(torch.randn(8, 64))))
+    for try_it in (layer.requires_grad_, layer.weight.requires_grad_):
+        with pytest.raises(RuntimeError, match="floating point"):
+            try_it(True)
+
+
+def test_bad_input(tiny_llama):
+    model = quantize_model(tiny_llama[0])
+    with pytest.raises(ValueError, match="four bits already"):
+        quantize_model(model)
+    with pytest.raises(ValueError, match="no linear layer"):
+        quantize_model(nn.Embedding(3, 2))
+    adapted = nn.Sequential(nn.Linear(8, 8))
+    add_lora(adapted, ["0"], rank=2)
+    with pytest.raises(ValueError, match="quantize the model first"):
+        quantize_model(adapted)
+
+
+def test_files_that_are_not_right(tiny_llama, tmp_path):
+    model, folder = tiny_llama
+    four, tokenizer = load_lm_4bit(folder, "cpu")
+    with pytest.raises(ValueError, match="quantize_model first"):
+        save_4bit(tmp_path / "none", model, tokenizer)
+    save_4bit(tmp_path / "four", four, tokenizer)
+    file, settings = tmp_path / "four" / TENSORS, tmp_path / "four" / SETTINGS
+    whole = file.read_bytes()
+    for broken in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match="truncated or altered"):
+            load_lm_4bit(tmp_path / "four", "cpu")
+    file.write_bytes(whole)
+    changed = json.loads(settings.read_text()) | {"block_size": 32}
+    settings.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="scales have shape"):
+        load_lm_4bit(tmp_path / "four", "cpu")
+    config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="of shape"):
+        load_lm_4bit(folder, "cpu")
+    add_lora(four)
+    with pytest.raises(ValueError, match="save_adapter"):
+        save_4bit(tmp_path / "five", four, tokenizer)
+
+
+def test_dequantized_is_what_the_codes_stand_for():
+    weight = torch.randn(8, 64).to(torch.bfloat16)
+    layer = Linear4bit(quantize(weight))
+    assert torch.equal(layer.dequantized(torch.float32), dequantize(quantize(weight)).float())
+    assert "4.500 bits" in repr(layer)
