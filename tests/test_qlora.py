@@ -33,6 +33,7 @@ def tiny_llama(tmp_path, tiny_bert):
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
+        initializer_range=0.2,
     )
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "model")
@@ -114,14 +115,14 @@ def test_adapters_train_through_four_bits(tiny_llama):
     add_lora(model, rank=4, alpha=8)
     before = [layer.weight.clone() for layer in model.modules() if isinstance(layer, Linear4bit)]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer, losses = PagedAdamW(trained, lr=0.05, weight_decay=0), []
+    optimizer, losses = PagedAdamW(trained, lr=0.02, weight_decay=0), []
     for _ in range(40):
         loss = model(input_ids=IDS, labels=IDS).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
     after = [layer.weight for layer in model.modules() if isinstance(layer, Linear4bit)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     with pytest.raises(ValueError, match="dequantize_model"):
