@@ -6,8 +6,10 @@ import logging
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tuning.adapter_files import load_adapter, save_adapter
 from tuning.four_bit_files import SETTINGS, TENSORS, load_lm_4bit, save_4bit
 from tuning.lora import add_lora, merge
 from tuning.nf4 import dequantize, quantize, quantize_scales
@@ -127,6 +129,22 @@ def test_adapters_train_through_four_bits(tiny_llama):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     with pytest.raises(ValueError, match="dequantize_model"):
         merge(model)
+
+
+def test_an_adapter_trained_in_four_bits_goes_to_the_16_bit_model_and_to_peft(tiny_llama, tmp_path):
+    model, folder = tiny_llama
+    four, _ = load_lm_4bit(folder, "cpu", torch.float32)
+    add_lora(four, rank=4, alpha=8)
+    with torch.no_grad():
+        for weight in (w for w in four.parameters() if w.requires_grad):
+            weight.normal_(std=0.1)
+    save_adapter(tmp_path / "adapter", four)
+    load_adapter(tmp_path / "adapter", model)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-4)
+    again, _ = load_lm_4bit(folder, "cpu", torch.float32)
+    load_adapter(tmp_path / "adapter", again)
+    assert torch.equal(again(IDS).logits, four(IDS).logits)
 
 
 def test_checkpointing_changes_no_gradient(tiny_llama):

@@ -176,7 +176,13 @@ def _check_frozen(folder, bases, frozen):
 def _trace(layers):
     """Lengths of the frozen weights of the first and last few layers: nearly the same in every dtype."""
     paths = sorted(layers)
-    return {path: layers[path].weight.detach().float().norm().item() for path in paths[:4] + paths[-4:]}
+    return {path: _numbers(layers[path]).float().norm().item() for path in paths[:4] + paths[-4:]}
+
+
+def _numbers(layer):
+    """A frozen weight; one in four bits as what its codes stand for."""
+    base = layer.base if isinstance(layer, AdaptedLayer) else layer
+    return base.dequantized(torch.float32) if hasattr(base, "dequantized") else base.weight.detach()
 
 
 def _same_trace(there, here):
