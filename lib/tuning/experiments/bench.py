@@ -23,8 +23,10 @@ import torch
 
 from ..adapter_files import load_adapter, save_adapter
 from ..data import TEMPLATES, load_facts
+from ..four_bit_files import load_lm_4bit
 from ..lora import add_lora, merge, unmerge, use_adapter
-from ..models import default_device, load_lm
+from ..models import default_device, load_lm, model_source
+from ..nf4 import dequantize, quantize
 from ..p_tuning import PromptEncoder, answer_loss, encode_pseudo, soften
 from ..prompts import answer_id, answer_logits, encode, few_shot
 from ..training import optimizer_for, take_step
@@ -41,6 +43,10 @@ BUDGETS = {  # from the design: the largest value allowed, or the smallest where
     "merged model against the bare one, times": (1.02, False),
     "loading an adapter against peft, times": (1.0, False),
     "switching adapters against peft, times": (1.0, False),
+    "quantize to NF4 against bitsandbytes, times": (1.1, False),
+    "dequantize against bitsandbytes, times": (2.5, False),
+    "dequantize compiled against bitsandbytes, times": (1.3, False),
+    "QLoRA step against bitsandbytes, times": (1.1, False),
     "make book when set up, s": (60, False),
     "make book from a bare clone, s": (360, False),
     "chapter, s": (150, False),
@@ -192,6 +198,51 @@ def measure_lora(device, rounds=7):
     return measured
 
 
+def four_bit_model(whose, device):
+    """The default model in NF4 with double quantization, ours or transformers' with bitsandbytes, with our adapters."""
+    if whose == "ours":
+        model, _ = load_lm_4bit(device=device, dtype=torch.float32)
+    else:
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            model_source("smollm2-135m"), quantization_config=config, dtype=torch.float32, device_map=str(device)
+        )
+    add_lora(model.train(), "all-linear", rank=8, alpha=16)
+    return model, [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def measure_four_bits(device, rounds=7):
+    """NF4 against bitsandbytes, side by side: quantize, dequantize (eager and compiled), a training step."""
+    import bitsandbytes.functional as reference
+
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(device)
+    packed, (codes, state) = quantize(weight), reference.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    compiled = torch.compile(dequantize)
+    theirs = lambda: reference.dequantize_4bit(codes, state)  # noqa: E731
+    return {
+        "quantize to NF4 against bitsandbytes, times": median_ratio(
+            lambda: quantize(weight),
+            lambda: reference.quantize_4bit(weight, blocksize=64, quant_type="nf4"),
+            device,
+            rounds,
+        ),
+        "dequantize against bitsandbytes, times": median_ratio(lambda: dequantize(packed), theirs, device, rounds),
+        "dequantize compiled against bitsandbytes, times": median_ratio(
+            lambda: compiled(packed), theirs, device, rounds
+        ),
+        "QLoRA step against bitsandbytes, times": median_ratio(
+            lora_step(*four_bit_model("ours", device)), lora_step(*four_bit_model("theirs", device)), device, rounds
+        ),
+    }
+
+
 def run_timed(command, cwd=ROOT):
     """Seconds and the peak memory (GB) of the largest process that `command` started; its failure is an error."""
     code = (
@@ -263,11 +314,12 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
     device = options.device or default_device()
-    recorder = Recorder("bench", options.out, device, 5 + len(chapters) + options.bare, machine=machine())
+    recorder = Recorder("bench", options.out, device, 6 + len(chapters) + options.bare, machine=machine())
     recorder.piece("load", lambda: measure_load(device))
     recorder.piece("scoring", lambda: measure_scoring(*load_lm(device=device)))
     recorder.piece("p_tuning", lambda: measure_p_tuning_step(*load_lm(device=device)))
     recorder.piece("lora", lambda: measure_lora(device))
+    recorder.piece("four bits", lambda: measure_four_bits(device))
     for path in chapters:
         recorder.piece(f"chapter/{path.stem}", lambda path=path: measure_chapter(path))
     recorder.piece("book", measure_book)
