@@ -64,9 +64,9 @@ def save_4bit(folder, model, tokenizer):
     if any(".adapters." in name for name, _ in model.named_parameters()):
         raise ValueError("this model has adapters: save them with save_adapter, and unload the model before this")
     first = next(iter(layers.values()))
-    settings = {"kind": first.kind, "block_size": first.block_size}
+    settings = {"kind": first.record.kind, "block_size": first.record.block_size}
     settings["layers"] = {
-        path: [layer.out_features, layer.in_features, str(layer.weight_dtype).removeprefix("torch.")]
+        path: [layer.out_features, layer.in_features, str(layer.record.dtype).removeprefix("torch.")]
         for path, layer in layers.items()
     }
     tied = {id(weight) for weight in model.parameters()}

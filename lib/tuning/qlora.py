@@ -4,12 +4,14 @@
 them; `prepare_for_training` makes the rest fit for it; `PagedAdamW` keeps its states in the host's memory.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .lora import AdaptedLayer
-from .nf4 import Quantized, dequantize, quantize, quantize_scales
+from .nf4 import dequantize, quantize, quantize_scales
 
 __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "prepare_for_training", "quantize_model"]
 
@@ -41,7 +43,7 @@ class Linear4bit(nn.Linear):
     def __init__(self, quantized, bias=None):
         nn.Module.__init__(self)  # nn.Linear's would make a weight of the full size
         self.out_features, self.in_features = quantized.shape
-        self.kind, self.block_size, self.weight_dtype = quantized.kind, quantized.block_size, quantized.dtype
+        self.record = replace(quantized, codes=None, scales=None, second=None)
         self.weight = nn.Parameter(quantized.codes, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("scales", quantized.scales)
@@ -55,15 +57,14 @@ class Linear4bit(nn.Linear):
     def quantized(self):
         """The weight as `quantize` gave it."""
         second = None if self.scale_scales is None else (self.scale_scales, self.scale_mean)
-        shape = torch.Size((self.out_features, self.in_features))
-        return Quantized(self.weight.data, self.scales, second, shape, self.weight_dtype, self.kind, self.block_size)
+        return replace(self.record, codes=self.weight.data, scales=self.scales, second=second)
 
     def dequantized(self, dtype):
         """(out, in), in the dtype given, by way of the weight's own."""
         return dequantize(self.quantized()).to(dtype)
 
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.quantized().bits():.3f} bits"
+        return f"{self.in_features} -> {self.out_features}, {self.quantized().bits():.3f} bits"
 
 
 def quantize_model(model, kind="nf4", block_size=64, double=True):
@@ -99,7 +100,7 @@ def dequantize_model(model):
         if isinstance(layer, Linear4bit):
             with torch.device("meta"):
                 plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            plain.weight = nn.Parameter(layer.dequantized(layer.weight_dtype), requires_grad=False)
+            plain.weight = nn.Parameter(layer.dequantized(layer.record.dtype), requires_grad=False)
             plain.bias = layer.bias
             model.set_submodule(path, plain.train(layer.training))
     return model
@@ -151,11 +152,12 @@ class PagedAdamW(torch.optim.Optimizer):
     def update(self, weight, group):
         state = self.state[weight]
         if not state:
-            options = {"device": "cpu", "dtype": torch.float32, "pin_memory": weight.is_cuda}
             state["step"] = 0
-            state["mean"], state["square"] = (torch.zeros(weight.shape, **options) for _ in range(2))
+            for name in ("mean", "square"):
+                state[name] = torch.zeros(weight.shape, pin_memory=weight.is_cuda)
         state["step"] += 1
-        mean, square = (state[name].to(weight.device, non_blocking=True) for name in ("mean", "square"))  # in
+        mean = state["mean"].to(weight.device, non_blocking=True)  # in
+        square = state["square"].to(weight.device, non_blocking=True)
         beta1, beta2 = group["betas"]
         grad = weight.grad.float()
         mean.lerp_(grad, 1 - beta1)
@@ -163,5 +165,5 @@ class PagedAdamW(torch.optim.Optimizer):
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         scale = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
         weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1 ** state["step"]))
-        for name, moved in (("mean", mean), ("square", square)):  # out
-            state[name].copy_(moved, non_blocking=True)
+        state["mean"].copy_(mean, non_blocking=True)  # out
+        state["square"].copy_(square, non_blocking=True)
