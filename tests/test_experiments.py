@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from tuning.experiments import (
     bench,
     four_way,
@@ -15,6 +16,7 @@ from tuning.experiments import (
     p_tuning,
     probe,
     prompt_tuning,
+    qlora_memory,
     record,
 )
 
@@ -409,3 +411,35 @@ def test_the_bench_of_adapters_on_a_tiny_model(tiny_gpt2, monkeypatch):
     before = weights[1].detach().clone()
     bench.lora_step(ours, weights)()
     assert not torch.equal(weights[1], before)  # a step trains
+
+
+def test_qlora_memory_runs_at_toy_size(tmp_path):
+    qlora_memory.main(["--sizes", "toy", "--length", "12", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)])
+    results = record.load_results("qlora_memory", tmp_path)["results"]
+    ours, theirs = results["toy/ours"], results["toy/bitsandbytes"]
+    hidden, inner, layers, _ = qlora_memory.TOY["toy"]
+    linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    rest = 2 * 32_000 * hidden + (2 * layers + 1) * hidden
+    expected = linear * (4 / 8 + 1 / 64) + 4 * (rest + ours["trained"])  # codes, scales in a byte; float32
+    assert ours["stored_bytes"] == pytest.approx(expected, rel=0.01)
+    assert ours["trained"] == theirs["trained"] == 64 * layers * (4 * 2 * hidden + 3 * (hidden + inner))
+    assert ours["stored_bytes"] == pytest.approx(theirs["stored_bytes"], rel=0.01)
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-3)  # the same weights, to a few codes of the scales
+
+
+def test_a_model_is_built_in_four_bits_only():
+    for whose in ("ours", "bitsandbytes"):
+        model = qlora_memory.build(qlora_memory.TOY["toy"], whose, torch.device("cpu"), torch.bfloat16)
+        assert not any(weight.is_meta for weight in model.parameters())
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+        assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_bench_of_four_bits_on_a_tiny_model(tiny_gpt2, monkeypatch):
+    linear = nn.Linear(64, 32).requires_grad_(False)
+    monkeypatch.setattr(bench, "four_bit_model", lambda whose, device: (linear, None))
+    monkeypatch.setattr(bench, "lora_step", lambda model, weights: lambda: model(torch.ones(2, 64)))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    found = bench.measure_four_bits("cpu", rounds=1)
+    assert set(found) <= set(bench.BUDGETS) and all(value > 0 for value in found.values())
+    assert len(found) == 4
