@@ -69,6 +69,37 @@ def test_forward_and_gradient_are_those_of_bitsandbytes(shape, dtype, bias):
     assert found.dtype == dtype and torch.equal(found, expected) and torch.equal(x.grad, twin.grad)
 
 
+def test_under_autocast_the_product_is_that_of_bitsandbytes():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 40).requires_grad_(False)
+    ours, theirs = Linear4bit(quantize(layer.weight), layer.bias), theirs_of(layer, double=False)
+    dtypes = []
+    dequantized = ours.dequantized
+    ours.dequantized = lambda dtype: dtypes.append(dtype) or dequantized(dtype)
+    x = torch.randn(3, 64, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours(x), theirs(twin)
+    assert torch.equal(found, expected) and found.dtype == torch.bfloat16
+    g = torch.randn_like(found)
+    found.backward(g)
+    expected.backward(g)
+    assert torch.equal(x.grad, twin.grad) and x.grad.dtype == torch.float32
+    assert dtypes == [torch.bfloat16, torch.bfloat16]  # never unpacked to 32 bits
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_cast_of_the_model_leaves_the_scales_alone(double):
+    four = quantize(torch.randn(40, 64))
+    layer = Linear4bit(quantize_scales(four) if double else four, torch.randn(40))
+    expected = layer.dequantized(torch.float32)
+    for cast in (layer.half, layer.bfloat16, layer.double, lambda: layer.to(torch.float16)):
+        cast()
+        assert torch.equal(layer.dequantized(torch.float32), expected)
+    assert layer.bias.dtype == torch.float16
+    assert all(buffer.is_meta for buffer in layer.to("meta").buffers())
+
+
 def test_nothing_is_kept_for_backward_but_the_codes():
     layer, saved = Linear4bit(quantize(torch.randn(40, 64))), []
     x = torch.randn(3, 64, requires_grad=True)
@@ -183,6 +214,23 @@ def test_paged_adamw_is_adamw(shape):
         other.step()
     torch.testing.assert_close(ours, theirs)
     assert one.state[ours]["mean"].device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_adamw_goes_on_where_it_was(dtype):
+    torch.manual_seed(0)
+    whole, stopped = (nn.Parameter(torch.ones(5, 3, dtype=dtype)) for _ in range(2))
+    grads = torch.randn(6, 5, 3).to(dtype)
+    one, other = PagedAdamW([whole], lr=0.03), PagedAdamW([stopped], lr=0.03)
+    for step, grad in enumerate(grads):
+        if step == 3:
+            saved, other = other.state_dict(), PagedAdamW([stopped])
+            other.load_state_dict(saved)
+        whole.grad, stopped.grad = grad.clone(), grad.clone()
+        one.step()
+        other.step()
+    assert torch.equal(whole, stopped)
+    assert other.state[stopped]["mean"].dtype == torch.float32
 
 
 def test_a_quantized_weight_cannot_be_trained():

@@ -22,15 +22,33 @@ class FourBitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.dequantized(x.dtype), layer.bias)
+        return F.linear(x, layer.dequantized(product_dtype(x)), layer.bias)
 
     @staticmethod
     def backward(ctx, grad):
         return grad @ ctx.layer.dequantized(grad.dtype), None
 
 
-class Linear4bit(nn.Linear):
-    """A frozen linear layer with its weight in four bits; it computes in the dtype of its input.
+def product_dtype(x):
+    """The dtype in which a product with x is computed: autocast's where it is on, else that of x."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
+class KeepsBuffers(nn.Linear):
+    """A layer whose buffers move to another device with the model, and keep their dtype in a cast such as `half()`."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if buffer is not None and buffer.dtype != self._buffers[name].dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+class Linear4bit(KeepsBuffers):
+    """A frozen linear layer with its weight in four bits; it computes in the dtype of its input, or autocast's.
 
     Args:
         quantized: the weight, (out, in), from `quantize`, with `quantize_scales` or without.
@@ -130,7 +148,21 @@ def prepare_for_training(model, checkpointing=True):
     return model
 
 
-class PagedAdamW(torch.optim.Optimizer):
+class KeepsStates(torch.optim.Optimizer):
+    """An optimizer whose loaded states stay in the host's memory and in their dtype; torch's take the parameters'."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for number, weight in zip(numbers, weights, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if torch.is_tensor(value):
+                    value = value.cpu().pin_memory() if weight.is_cuda else value.cpu().clone()
+                self.state[weight][name] = value
+
+
+class PagedAdamW(KeepsStates):
     """AdamW whose two averages live in the host's memory; a step brings in those of one parameter at a time.
 
     For CUDA the host's memory is pinned, so that copies need not wait. bitsandbytes takes memory that the driver moves
