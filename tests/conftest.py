@@ -71,3 +71,26 @@ def gpt2(tiny_gpt2):
 def lm(request):
     """The model and tokenizer of the fixture that a test is parametrized with."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def tiny_llama(tmp_path, tiny_bert):
+    """A tiny model, and the folder that it and a tokenizer are saved in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_bytes((tiny_bert / file).read_bytes())
+    return model, tmp_path / "model"

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from tuning.experiments import (
     bench,
+    four_bits,
     four_way,
     instruction,
     learning_curve,
@@ -411,6 +413,32 @@ def test_the_bench_of_adapters_on_a_tiny_model(tiny_gpt2, monkeypatch):
     before = weights[1].detach().clone()
     bench.lora_step(ours, weights)()
     assert not torch.equal(weights[1], before)  # a step trains
+
+
+def test_what_a_model_loses_in_four_bits(tmp_path, tiny_llama):
+    four_bits.main(["--model", str(tiny_llama[1]), "--limit", "6", "--device", "cpu", "--out", str(tmp_path)])
+    results = record.load_results("four_bits", tmp_path)["results"]
+    assert list(results) == ["as it is", *four_bits.WAYS]
+    assert results["nf4"]["bits"] == pytest.approx(4.5)
+    assert 4.1 < results["nf4, double"]["bits"] < 4.3
+    for way, found in results.items():
+        ratio, low, high = found["reviews"]["over as it is"]
+        assert low <= ratio <= high
+        assert ratio == pytest.approx(found["reviews"]["perplexity"] / results["as it is"]["reviews"]["perplexity"])
+        assert (ratio == 1) is (way == "as it is")
+
+
+def test_the_interval_of_a_ratio_of_perplexities():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 30, (400,), generator=generator).double()
+    base = torch.stack([counts * (3 + torch.randn(400, generator=generator).double()), counts], dim=1)
+    more = base.clone()
+    more[:, 0] += 0.1 * counts  # every token's loss by as much: no variance is left in the ratio
+    assert four_bits.ratio_interval(more, base) == pytest.approx([math.exp(0.1)] * 3)
+    more[:, 0] += 0.5 * counts * torch.randn(400, generator=generator).double()
+    _, low, high = four_bits.ratio_interval(more, base)
+    deviation = 0.5 * counts.square().sum().sqrt() / counts.sum()  # of the log, by hand
+    assert math.log(high / low) == pytest.approx(2 * 1.96 * deviation.item(), rel=0.15)
 
 
 def test_qlora_memory_runs_at_toy_size(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from tuning.adapter_files import load_adapter, save_adapter
 from tuning.four_bit_files import SETTINGS, TENSORS, load_lm_4bit, save_4bit
 from tuning.lora import add_lora, merge
@@ -21,27 +21,6 @@ import bitsandbytes as bnb  # noqa: E402
 logging.disable(logging.NOTSET)
 
 IDS = torch.tensor([[1, 2, 3, 4], [10, 4, 0, 7]])
-
-
-@pytest.fixture
-def tiny_llama(tmp_path, tiny_bert):
-    """A tiny model, and the folder that it and a tokenizer are saved in."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / file).write_bytes((tiny_bert / file).read_bytes())
-    return model, tmp_path / "model"
 
 
 def theirs_of(layer, double):

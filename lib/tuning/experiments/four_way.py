@@ -250,20 +250,26 @@ def elsewhere(model, tokenizer, task):
     return {"relation": relation, "p_at_1": p_at_1, "perplexity": perplexity(model, tokenizer, task.other_text)}
 
 
-@torch.no_grad()
 def perplexity(model, tokenizer, texts, batch_size=16):
     """exp of the mean -log p of each token after the first of its text; None for a masked model."""
     if tokenizer.mask_token:
         return None
-    total, count = 0.0, 0
+    total, count = text_losses(model, tokenizer, texts, batch_size).sum(dim=0).tolist()
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def text_losses(model, tokenizer, texts, batch_size=16):
+    """(texts, 2) float64: for each text the sum of -log p of its tokens after the first, and their number."""
+    found = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
         batch = batch.to(model.device)
         logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
         labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
-        total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        count += (labels >= 0).sum().item()
-    return math.exp(total / count)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
+        found.append(torch.stack([loss.sum(dim=1), (labels >= 0).sum(dim=1)], dim=1))
+    return torch.cat(found).double().cpu()
 
 
 class PeakMemory:
