@@ -16,18 +16,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..lora import add_lora
+from ..memory import LLAMA
 from ..models import default_device, default_dtype
 from ..nf4 import quantize, quantize_scales
 from ..qlora import Linear4bit, PagedAdamW, prepare_for_training
 from .four_way import PeakMemory
 from .record import Recorder, option_parser
 
-SHAPES = {  # hidden size, intermediate size, layers, heads; the vocabulary is 32,000
-    "7B": (4096, 11008, 32, 32),
-    "13B": (5120, 13824, 40, 40),
-    "33B": (6656, 17920, 60, 52),
-    "65B": (8192, 22016, 80, 64),
-}
+HEADS = {"7B": 32, "13B": 40, "33B": 52, "65B": 64}
+SHAPES = {name: (*LLAMA[name], heads) for name, heads in HEADS.items()}  # hidden size, inner size, layers, heads
 TOY = {"toy": (128, 256, 2, 4)}
 RANK, ALPHA, LENGTH, STEPS = 64, 16, 512, 4
 
