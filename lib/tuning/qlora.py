@@ -12,6 +12,7 @@ from torch import nn
 
 from .lora import AdaptedLayer
 from .nf4 import dequantize, quantize, quantize_scales
+from .training import restore_states
 
 __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "prepare_for_training", "quantize_model"]
 
@@ -153,13 +154,9 @@ class KeepsStates(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        for number, weight in zip(numbers, weights, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if torch.is_tensor(value):
-                    value = value.cpu().pin_memory() if weight.is_cuda else value.cpu().clone()
-                self.state[weight][name] = value
+        restore_states(
+            self, state_dict, lambda weight, value: value.cpu().pin_memory() if weight.is_cuda else value.clone()
+        )
 
 
 class PagedAdamW(KeepsStates):

@@ -255,3 +255,16 @@ def _trainable(trained, rows, batch_size):
     if not weights:
         raise ValueError("there is nothing to train: no parameter of this module requires gradients")
     return weights
+
+
+def restore_states(optimizer, state_dict, place):
+    """After torch's `load_state_dict`: the saved tensors as they were. Torch gives them their parameters' dtype.
+
+    Args:
+        place: a function from a weight and a tensor of its state to the tensor to keep.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, weight in zip(numbers, weights, strict=True):
+        for name, value in state_dict["state"].get(number, {}).items():
+            optimizer.state[weight][name] = place(weight, value) if torch.is_tensor(value) else value
