@@ -109,13 +109,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_and_update(self, weight, grad, factor, checked):
-        if not checked and not grad.sum().isfinite():
+        if not checked and not self.is_finite(grad):
             raise FloatingPointError(_already_changed(self, weight))
         if self.clip_value:
             grad.clamp_(-self.clip_value, self.clip_value)
         if factor is not None:
             grad.mul_(factor)
         self.update(weight, grad, self.param_groups[0])
+
+    def is_finite(self, grad):
+        return bool(grad.sum().isfinite())
 
     def update(self, weight, grad, group):
         """Change `weight` by its gradient, in float32; for each optimizer its own."""
