@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CATEGORIES", "LiveBytes", "qlora_sheet"]
+__all__ = ["CATEGORIES", "LiveBytes", "kept_for_backward", "plan", "qlora_sheet"]
 
 CATEGORIES = ("parameters", "optimizer states", "gradients", "activations", "temporary")
 
@@ -123,3 +123,89 @@ class LiveBytes(TorchDispatchMode):
     @property
     def peak(self):
         return dict(zip(CATEGORIES, max(self.timeline, key=sum), strict=True))
+
+
+METHODS = ("AdamW", "SGD", "LOMO", "AdaLomo", "LoRA", "QLoRA", "P-tuning")
+
+
+def kept_for_backward(method, hidden, inner, heads, rank=64):
+    """Bytes that a LLaMA layer keeps of each token until backward, without checkpointing.
+
+    Activations have 16 bits, normalization computes in 32, and attention never makes its whole table. A trained linear
+    layer keeps its input; a frozen one keeps nothing, but an adapter beside it keeps a copy of its own: in 32 bits, or
+    under autocast, as with QLoRA, in 16.
+    """
+    norms = 2 * 4 * hidden
+    attention = 2 * 3 * hidden + 2 * hidden + 4 * heads  # queries, keys, values; output; a sum a head
+    mlp = 3 * 2 * inner  # gate, its SiLU, up
+    inputs = 6 * hidden + inner, rank * 7  # of the seven linear layers, and what the adapters' first matrices give
+    if method == "LoRA":
+        own = 4 * sum(inputs)
+    elif method == "QLoRA":
+        own = 2 * sum(inputs)
+    elif method == "P-tuning":
+        own = 0
+    else:  # both norms' outputs, before and after their weight; the input of the last layer
+        own = 2 * 4 * hidden + 2 * inner
+    return norms + attention + mlp + own
+
+
+def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, vocabulary=32_000):
+    """Predict the peak of a training step of a LLaMA with 16-bit weights: bytes by category.
+
+    Args:
+        method: one of `METHODS`. AdamW and SGD keep master weights; the last three train with AdamW, in float32.
+        shape: (hidden size, inner size, layers), as in `LLAMA`; heads have 128 numbers.
+        batch, length: sequences, and tokens of each; checkpointing: keep a layer's input only.
+        rank: of adapters beside all linear layers; prompt: pseudo tokens in front, from P-tuning's encoder.
+
+    Returns:
+        {category: bytes} at the moment when their sum is largest, out of: the end of forward, the loss's gradient,
+        the first layer's, and the update.
+
+    Raises:
+        ValueError: an unknown method, or sizes that are not positive.
+    """
+    hidden, inner, layers = shape
+    _check_plan(method, hidden, inner, layers, batch, length)
+    heads, linear = hidden // 128, layers * (4 * hidden * hidden + 3 * hidden * inner)
+    other, head = 2 * vocabulary * hidden + (2 * layers + 1) * hidden, vocabulary * hidden
+    tokens = batch * (length + (prompt if method == "P-tuning" else 0))
+    adapters = rank * layers * (4 * 2 * hidden + 3 * (hidden + inner))
+    encoder = 14 * hidden * hidden  # two layers of a two-way LSTM, and two linear ones
+    trained = {"LoRA": adapters, "QLoRA": adapters, "P-tuning": encoder}.get(method, linear + other)
+    four_bits = method == "QLoRA"
+
+    parameters = linear * (4.127 / 8) + 4 * other if four_bits else 2 * (linear + other)
+    if trained != linear + other:
+        parameters += 4 * trained
+    states = {"AdamW": 12 * trained, "SGD": 4 * trained, "LOMO": 0}.get(method, 8 * trained)
+    if method == "AdaLomo":  # a mean a row and a column
+        states = 4 * (layers * (4 * 2 * hidden + 3 * (hidden + inner)) + 2 * (vocabulary + hidden))
+    gradients = 0 if "LOMO" in method.upper() else trained * (2 if method in ("AdamW", "SGD") else 4)
+
+    stream = 4 if four_bits else 2  # bytes of a number between layers
+    layer = tokens * kept_for_backward(method, hidden, inner, heads, rank)
+    kept = layers * (tokens * stream * hidden if checkpointing else layer) + tokens * 8 * hidden  # the last norm's too
+    if four_bits:
+        kept += 2 * (adapters + head)  # autocast's copies
+    logits = tokens * vocabulary
+    largest = 4 * head if trained == linear + other else 0
+    moments = [
+        (0, kept + 10 * logits, 0),  # in 16 bits, in 32, and their log-softmax
+        (0, kept + 4 * logits, 8 * logits),
+    ]
+    if checkpointing:
+        first = gradients * (1 - 0.8 / layers) - (2 * head if largest and gradients else 0)
+        moments.append((first, layer, tokens * 6 * inner))
+    copies = {"AdamW": 2, "SGD": 1, "LOMO": 2, "AdaLomo": 4}.get(method, 0)
+    moments.append((gradients, 0 if gradients else kept, copies * largest))
+    best = max(moments, key=sum)
+    return dict(zip(CATEGORIES, (parameters, states, *best), strict=True))
+
+
+def _check_plan(method, *sizes):
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"sizes must be positive, got {sizes}")

@@ -6,6 +6,7 @@ are those of bitsandbytes, bit for bit.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -156,12 +157,17 @@ def dequantize(quantized):
     return scale_up(numbers, scales_of(q), q.block_size).to(q.dtype).view(q.shape)
 
 
+@cache
+def dynamic_map_on(device):
+    return dynamic_map().to(device)
+
+
 def scales_of(quantized):
     """(blocks,) float32: the scales, taken out of their 8-bit codes if need be."""
     if quantized.second is None:
         return quantized.scales
     largest, mean = quantized.second
-    numbers = dynamic_map().to(mean.device)[quantized.scales.int()]
+    numbers = dynamic_map_on(mean.device)[quantized.scales.int()]
     return scale_up(numbers, largest, SCALE_BLOCK) + mean
 
 

@@ -9,19 +9,25 @@ master weights) beside LOMO, with and without activation checkpointing.
 
 import gc
 import time
+from unittest import mock
 
 import torch
-from accelerate import init_empty_weights
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..lomo import AdaLomo, Lomo
-from ..memory import LLAMA, LiveBytes
+from ..lora import LoRA, add_lora
+from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes, plan
+from ..nf4 import SCALE_BLOCK, Quantized, dynamic_map_on
+from ..p_tuning import PromptEncoder
+from ..qlora import Linear4bit, prepare_for_training
 from .four_way import PeakMemory
 from .record import Recorder, option_parser
 
 BATCH, LENGTH = 8, 512
 TOY = {"toy": (128, 256, 2)}
+RANK, ALPHA, PROMPT = 64, 16, 20
 DTYPE = torch.bfloat16  # as many bytes as the paper's float16, and it needs no loss scale
 
 
@@ -57,16 +63,19 @@ class Unchecked(Lomo):
 
 
 class UncheckedAda(AdaLomo):
+    """AdaLomo for fake tensors."""
+
     def is_finite(self, grad):
         return True
 
 
-METHODS = {
+FULL = {
     "AdamW": lambda model: MixedPrecision(model.parameters(), 1e-5, adam=True),
     "SGD": lambda model: MixedPrecision(model.parameters(), 1e-5, adam=False),
     "LOMO": lambda model: Unchecked(model, 1e-5),
     "AdaLomo": lambda model: UncheckedAda(model, 1e-5),
 }
+SHAPES = {"1B": (2048, 5504, 16)} | LLAMA  # the first is nobody's
 
 
 def llama(shape, attention="sdpa"):
@@ -84,9 +93,51 @@ def llama(shape, attention="sdpa"):
     return LlamaForCausalLM._from_config(config, dtype=DTYPE).train()
 
 
-def step(model, optimizer, ids, note=lambda text: None):
+def prepare(model, method, rank=RANK, prompt=PROMPT):
+    """Make a model ready for a method: `(optimizer, inputs, whole)`: `inputs(ids)` is what it is called with."""
+    weights, whole = model.parameters(), model
+    if method in FULL:
+        return FULL[method](model), lambda ids: {"input_ids": ids, "labels": ids}, model
+    model.requires_grad_(False)
+    if method == "P-tuning":
+        encoder = PromptEncoder(prompt, model.config.hidden_size)
+        weights, whole = encoder.parameters(), nn.ModuleList([model, encoder])
+
+        def inputs(ids):
+            vectors = encoder().to(DTYPE).expand(len(ids), -1, -1)
+            labels = torch.cat([ids.new_full((len(ids), prompt), -100), ids], dim=1)
+            return {"inputs_embeds": torch.cat([vectors, model.get_input_embeddings()(ids)], dim=1), "labels": labels}
+
+    else:
+        if method == "QLoRA":
+            for path, layer in list(model.named_modules()):
+                if isinstance(layer, nn.Linear) and layer is not model.lm_head:
+                    model.set_submodule(path, Linear4bit(empty_codes(layer.weight)))
+            prepare_for_training(model, checkpointing=False)
+        add_lora(model, rank=rank, alpha=ALPHA)
+        model.enable_input_require_grads()  # checkpointing asks for it
+
+        def inputs(ids):
+            return {"input_ids": ids, "labels": ids}
+
+    trained = [weight for weight in weights if weight.requires_grad]
+    return torch.optim.AdamW(trained, 1e-4, foreach=False), inputs, whole
+
+
+def empty_codes(weight, block_size=64):
+    """A `Quantized` of a weight's shape with nothing in it."""
+    n = weight.numel()
+    blocks = -(-n // block_size)
+    codes, scales = (torch.empty(size, dtype=torch.uint8) for size in (-(-n // 2), blocks))
+    second = torch.empty(-(-blocks // SCALE_BLOCK)), torch.empty(())
+    return Quantized(codes, scales, second, weight.shape, weight.dtype, "nf4", block_size)
+
+
+def step(model, optimizer, batch, note=lambda text: None):
     """One training step; `note` is told where backward and the optimizer's own step begin."""
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    four_bits = any(isinstance(layer, Linear4bit) for layer in model.modules())
+    with torch.autocast(model.device.type, DTYPE, enabled=four_bits):
+        loss = model(**batch, use_cache=False).loss
     note("backward")
     if isinstance(optimizer, Lomo | AdaLomo):
         optimizer.backward(loss)
@@ -101,13 +152,90 @@ def step(model, optimizer, ids, note=lambda text: None):
 
 def simulate(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
     """`LiveBytes` of the second step, with fake tensors: shapes and dtypes only, nothing is allocated or computed."""
-    with FakeTensorMode():
+    dynamic_map_on(torch.device("cpu"))  # made of real numbers
+    stay = mock.patch.object(LoRA, "to", lambda adapter, device: adapter)  # fake tensors cannot be moved
+    with FakeTensorMode(allow_non_fake_inputs=True), stay:
         model = llama(shape, attention)
+        optimizer, inputs, whole = prepare(model, method)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = METHODS[method](model)
         ids = torch.zeros(batch, length, dtype=torch.long)
-        step(model, optimizer, ids)
-        with LiveBytes(model, optimizer) as live:
-            step(model, optimizer, ids, live.note)
+        step(model, optimizer, inputs(ids))
+        with LiveBytes(whole, optimizer) as live:
+            step(model, optimizer, inputs(ids), live.note)
     return live
+
+
+def simulated(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
+    """Bytes by category at the simulated peak, and the largest of each category in the step."""
+    live = simulate(shape, method, checkpointing, attention, batch, length)
+    largest = [max(column) for column in zip(*live.timeline, strict=True)]
+    return {"peak": live.peak, "largest": dict(zip(CATEGORIES, largest, strict=True))}
+
+
+def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
+    """Peak bytes and seconds of a step with random weights, activations checkpointed: on a GPU, or on the CPU."""
+    device = torch.device(device)
+    with torch.device(device):
+        model = llama(shape)
+        ids = torch.randint(0, 32_000, (batch, length), generator=torch.Generator(device).manual_seed(0))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if method == "lomo-optim":
+        import lomo_optim
+
+        optimizer = lomo_optim.Lomo(model, lr=1e-5)
+    else:
+        optimizer = (FULL | {"LOMO": lambda m: Lomo(m, 1e-5)})[method](model)
+    found = {"parameter_bytes": sum(w.numel() * w.element_size() for w in model.parameters()), "seconds": []}
+    with PeakMemory(device) as memory:
+        for _ in range(steps):
+            start = time.perf_counter()
+            step(model, optimizer, {"input_ids": ids, "labels": ids})
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found["seconds"].append(time.perf_counter() - start)
+    found |= {"peak_bytes": memory.peak, "step_seconds": min(found["seconds"][1:])}
+    del model, optimizer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def main(arguments=None):
+    parser = option_parser(__doc__, 3, model=None)
+    parser.add_argument("--sizes", nargs="*", choices=[*SHAPES, *TOY], help="of LLaMA; all to simulate, 7B to measure")
+    parser.add_argument("--batch", type=int, default=BATCH, help="sequences")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of each")
+    options = parser.parse_args(arguments)
+    device, size = options.device, {"batch": options.batch, "length": options.length}
+    shapes = SHAPES | TOY
+    sizes = options.sizes or (["7B"] if device else list(SHAPES))
+    settings = {"sizes": sizes, "measured": bool(device), **size}
+    if device:  # AdamW's 102 GiB fit one H200; what does not fit is left out by naming other sizes
+        methods = (*FULL, "lomo-optim")
+        recorder = Recorder("lomo_memory_measured", options.out, device, len(sizes) * len(methods), **settings)
+        for name in sizes:
+            for method in methods:
+                run = (shapes[name], method, device)
+                recorder.piece(f"{name}/{method}", lambda r=run: measure(*r, **size, steps=options.steps))
+    else:
+        total = len(sizes) * len(METHODS) * 2 + len(sizes[:2])
+        recorder = Recorder("lomo_memory", options.out, torch.device("cpu"), total, **settings)
+        for name in sizes:
+            for method in METHODS:
+                for checkpointing in (True, False):
+                    run = (shapes[name], method, checkpointing)
+                    key = f"{name}/{method}/{'with' if checkpointing else 'without'} checkpointing"
+                    recorder.piece(
+                        key,
+                        lambda r=run: simulated(*r, **size) | {"plan": plan(r[1], r[0], **size, checkpointing=r[2])},
+                    )
+        for name in sizes[:2]:
+            run = (shapes[name], "LOMO", False, "eager")
+            recorder.piece(f"{name}/LOMO/without checkpointing, eager attention", lambda r=run: simulated(*r, **size))
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()
