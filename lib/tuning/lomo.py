@@ -12,7 +12,7 @@ import torch
 
 from .training import restore_states
 
-__all__ = ["AdaLomo", "FusedOptimizer", "Lomo", "LossScale"]
+__all__ = ["AdaLomo", "FusedOptimizer", "HookedOptimizer", "Lomo", "LossScale"]
 
 PATIENCE = 40  # skipped steps in a row before it is an error
 
@@ -31,24 +31,8 @@ class LossScale:
             self.value *= 2
 
 
-class FusedOptimizer(torch.optim.Optimizer):
-    """What `Lomo` and `AdaLomo` share: hooks that use each gradient once it is complete, in one pass or two.
-
-    With `clip_norm` or `loss_scale` there are two backward passes: the first only measures the norm, the second
-    updates. A norm that is not finite skips the step (`skipped` counts them). In one pass a gradient that is not finite
-    is an error, for weights before it are updated already.
-
-    Args:
-        model: its parameters that require gradients are trained.
-        lr: the learning rate, also as `param_groups[0]["lr"]`, where torch's schedules set it.
-        clip_norm: the largest norm of all gradients together; clip_value: the largest magnitude of a gradient's number.
-        loss_scale: where dynamic loss scaling starts, e.g. 2.0**16; needed in float16.
-        weight_decay: decoupled: in each step weights shrink by this share of what the rate is.
-
-    Raises:
-        ValueError: nothing to train, a sparse embedding, float16 without a loss scale, numbers that make no sense, or
-            weights that a fused optimizer has already (`detach` it first).
-    """
+class _Books(torch.optim.Optimizer):
+    """What a fused optimizer keeps beside its updates: hooks, names, counters, saved state, wrong calls."""
 
     def __init__(self, model, lr, clip_norm=None, clip_value=None, loss_scale=None, weight_decay=0.0):
         numbers = {"lr": lr, "clip_norm": clip_norm, "clip_value": clip_value, "loss_scale": loss_scale}
@@ -60,69 +44,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.use, self.seen, self.counted = None, set(), False
         self.hooks = [weight.register_post_accumulate_grad_hook(self.take) for weight in self.names]
 
-    def backward(self, loss):
-        """One step: gradients of `loss`, a scalar, and the update.
+    def begin(self, loss):
+        """Check a step's loss; whether a first pass is needed: to clip, to scale, or to see if gradients come in parts.
 
-        Returns:
-            The norm of all gradients before clipping, a tensor, if there were two passes; else None.
-
-        Raises:
-            ValueError: a loss that is no scalar or has no graph; FloatingPointError: see above, or `PATIENCE` skipped
-            steps in a row; RuntimeError: a weight inside two segments of reentrant checkpointing.
+        They may with reentrant checkpointing, so where the first loss's graph has that, they are counted once.
         """
         _check_loss(loss, self.names)
         self._opt_called = True  # torch's schedules ask
-        norm, factor = None, None
-        if self.clip_norm or self.scale or self.must_count(loss):
-            norms = {}
-            self.run(loss, lambda weight, grad: norms.update({weight: grad.norm()}), retain_graph=True)
-            norm = torch.stack([norms[weight] for weight in self.names if weight in norms]).norm()
-            self.counted = True
-            if not norm.isfinite():
-                self.skip()
-                return norm
-            factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0) if self.clip_norm else None
-        self.steps += 1
-        self.run(loss, lambda weight, grad: self.clip_and_update(weight, grad, factor, checked=norm is not None))
-        self.skipped_in_a_row = 0
-        if self.scale:
-            self.scale.update(finite=True)
-        return norm
-
-    def run(self, loss, use, retain_graph=False):
-        """One backward pass in which `use(weight, grad)` is called with each gradient, in float32."""
-        self.use, self.seen = use, set()
-        try:
-            (loss * self.scale.value if self.scale else loss).backward(retain_graph=retain_graph)
-        finally:
-            self.use = None
-            for weight in self.names:
-                weight.grad = None
-
-    def take(self, weight):
-        """The hook: weight.grad is complete."""
-        grad, weight.grad = weight.grad, None
-        _check_take(self, weight, grad)
-        self.seen.add(weight)
-        grad = grad.float()
-        self.use(weight, grad.div_(self.scale.value) if self.scale else grad)
-
-    @torch.no_grad()
-    def clip_and_update(self, weight, grad, factor, checked):
-        if not checked and not self.is_finite(grad):
-            raise FloatingPointError(_already_changed(self, weight))
-        if self.clip_value:
-            grad.clamp_(-self.clip_value, self.clip_value)
-        if factor is not None:
-            grad.mul_(factor)
-        self.update(weight, grad, self.param_groups[0])
-
-    def is_finite(self, grad):
-        return bool(grad.sum().isfinite())
-
-    def update(self, weight, grad, group):
-        """Change `weight` by its gradient, in float32; for each optimizer its own."""
-        raise NotImplementedError
+        in_parts = not self.counted and any("CheckpointFunction" in node.name() for node in _graph(loss))
+        return bool(self.clip_norm or self.scale or in_parts)
 
     def skip(self):
         """Note that a step is left out, since its gradients are not finite."""
@@ -136,9 +66,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                 + ". Look for what is not finite in the model or the data, or lower the rate"
             )
 
-    def must_count(self, loss):
-        """Whether a pass must first see if any gradient comes in parts: once, where reentrant checkpointing is used."""
-        return not self.counted and any("CheckpointFunction" in node.name() for node in _graph(loss))
+    def finish(self):
+        """Note that a step was taken."""
+        self.skipped_in_a_row = 0
+        if self.scale:
+            self.scale.update(finite=True)
+
+    def is_finite(self, grad):
+        return bool(grad.sum().isfinite())
 
     def detach(self):
         """Take the hooks off; the model trains as before."""
@@ -166,6 +101,85 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.steps, self.skipped = own["steps"], own["skipped"]
         if self.scale and "scale" in own:
             self.scale.value, self.scale.good = own["scale"], own["good"]
+
+
+class HookedOptimizer(_Books):
+    """A backward pass in which each gradient is used once it is complete, and let go of."""
+
+    def run(self, loss, use, retain_graph=False):
+        """One pass in which `use(weight, grad)` is called with each gradient, in float32."""
+        self.use, self.seen = use, set()
+        try:
+            scaled = loss * self.scale.value if self.scale else loss
+            scaled.backward(retain_graph=retain_graph)
+        finally:
+            self.use = None
+            for weight in self.names:
+                weight.grad = None
+
+    def take(self, weight):
+        """The hook: weight.grad is complete."""
+        grad, weight.grad = weight.grad, None
+        _check_take(self, weight, grad)
+        self.seen.add(weight)
+        grad = grad.float()
+        self.use(weight, grad.div_(self.scale.value) if self.scale else grad)
+
+
+class FusedOptimizer(HookedOptimizer):
+    """What `Lomo` and `AdaLomo` share: one backward pass that updates, or two where something must be known before.
+
+    With `clip_norm` or `loss_scale` there are two: the first only measures the norm, the second updates. A norm that
+    is not finite skips the step (`skipped` counts them). In one pass a gradient that is not finite is an error, for
+    weights before it are updated already.
+
+    Args:
+        model: its parameters that require gradients are trained.
+        lr: the learning rate, also as `param_groups[0]["lr"]`, where torch's schedules set it.
+        clip_norm: the largest norm of all gradients together; clip_value: the largest magnitude of a gradient's number.
+        loss_scale: where dynamic loss scaling starts, e.g. 2.0**16; needed in float16.
+        weight_decay: decoupled: in each step weights shrink by this times the rate.
+
+    Raises:
+        ValueError: nothing to train, a sparse embedding, float16 without a loss scale, numbers that make no sense, or
+            weights that a fused optimizer has already (`detach` it first).
+    """
+
+    def backward(self, loss):
+        """One step: gradients of `loss`, a scalar, and the update.
+
+        Returns:
+            The norm of all gradients before clipping, a tensor, if there were two passes; else None.
+
+        Raises:
+            ValueError: a loss that is no scalar or has no graph; FloatingPointError: see above, or `PATIENCE` skipped
+            steps in a row; RuntimeError: a weight inside two segments of reentrant checkpointing.
+        """
+        norm, factor = None, None
+        if self.begin(loss):
+            norms = {}
+            self.run(loss, lambda w, grad: norms.update({w: grad.norm()}), retain_graph=True)
+            norm = torch.stack([norms[w] for w in self.names if w in norms]).norm()
+            self.counted = True
+            if not norm.isfinite():
+                self.skip()
+                return norm
+            if self.clip_norm:
+                factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.steps += 1
+        self.run(loss, lambda w, grad: self.clip_and_update(w, grad, factor, norm is not None))
+        self.finish()
+        return norm
+
+    @torch.no_grad()
+    def clip_and_update(self, weight, grad, factor, checked):
+        if not checked and not self.is_finite(grad):
+            raise FloatingPointError(_already_changed(self, weight))
+        if self.clip_value:
+            grad.clamp_(-self.clip_value, self.clip_value)
+        if factor is not None:
+            grad.mul_(factor)
+        self.update(weight, grad, self.param_groups[0])
 
 
 class Lomo(FusedOptimizer):

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["CATEGORIES", "LiveBytes", "kept_for_backward", "plan", "qlora_sheet"]
+__all__ = ["held_all_along", "kept_for_backward", "plan", "qlora_sheet"]
 
 CATEGORIES = ("parameters", "optimizer states", "gradients", "activations", "temporary")
 
@@ -150,6 +150,26 @@ def kept_for_backward(method, hidden, inner, heads, rank=64):
     return norms + attention + mlp + own
 
 
+def held_all_along(method, shape, rank=64, vocabulary=32_000):
+    """What does not depend on the batch: bytes of parameters, optimizer states, and all gradients together.
+
+    Arguments as in `plan`.
+    """
+    hidden, inner, layers = shape
+    linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    other = 2 * vocabulary * hidden + (2 * layers + 1) * hidden  # embedding, head, norms
+    sides = layers * (4 * 2 * hidden + 3 * (hidden + inner))  # rows and columns of the linear layers
+    if method in ("LoRA", "QLoRA", "P-tuning"):
+        trained = 14 * hidden * hidden if method == "P-tuning" else rank * sides
+        frozen = linear * (4.127 / 8) + 4 * other if method == "QLoRA" else 2 * (linear + other)
+        return frozen + 4 * trained, 8 * trained, 4 * trained
+    all_of_them = linear + other
+    states = {"AdamW": 12 * all_of_them, "SGD": 4 * all_of_them, "LOMO": 0}  # float32 master weights, averages
+    states["AdaLomo"] = 4 * (sides + 2 * (vocabulary + hidden))
+    gradients = 0 if "LOMO" in method.upper() else 2 * all_of_them
+    return 2 * all_of_them, states[method], gradients
+
+
 def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, vocabulary=32_000):
     """Predict the peak of a training step of a LLaMA with 16-bit weights: bytes by category.
 
@@ -166,42 +186,26 @@ def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, v
     Raises:
         ValueError: an unknown method, or sizes that are not positive.
     """
+    _check_plan(method, *shape, batch, length)
     hidden, inner, layers = shape
-    _check_plan(method, hidden, inner, layers, batch, length)
-    heads, linear = hidden // 128, layers * (4 * hidden * hidden + 3 * hidden * inner)
-    other, head = 2 * vocabulary * hidden + (2 * layers + 1) * hidden, vocabulary * hidden
+    parameters, states, gradients = held_all_along(method, shape, rank, vocabulary)
     tokens = batch * (length + (prompt if method == "P-tuning" else 0))
-    adapters = rank * layers * (4 * 2 * hidden + 3 * (hidden + inner))
-    encoder = 14 * hidden * hidden  # two layers of a two-way LSTM, and two linear ones
-    trained = {"LoRA": adapters, "QLoRA": adapters, "P-tuning": encoder}.get(method, linear + other)
-    four_bits = method == "QLoRA"
-
-    parameters = linear * (4.127 / 8) + 4 * other if four_bits else 2 * (linear + other)
-    if trained != linear + other:
-        parameters += 4 * trained
-    states = {"AdamW": 12 * trained, "SGD": 4 * trained, "LOMO": 0}.get(method, 8 * trained)
-    if method == "AdaLomo":  # a mean a row and a column
-        states = 4 * (layers * (4 * 2 * hidden + 3 * (hidden + inner)) + 2 * (vocabulary + hidden))
-    gradients = 0 if "LOMO" in method.upper() else trained * (2 if method in ("AdamW", "SGD") else 4)
-
-    stream = 4 if four_bits else 2  # bytes of a number between layers
-    layer = tokens * kept_for_backward(method, hidden, inner, heads, rank)
-    kept = layers * (tokens * stream * hidden if checkpointing else layer) + tokens * 8 * hidden  # the last norm's too
-    if four_bits:
-        kept += 2 * (adapters + head)  # autocast's copies
-    logits = tokens * vocabulary
-    largest = 4 * head if trained == linear + other else 0
-    moments = [
-        (0, kept + 10 * logits, 0),  # in 16 bits, in 32, and their log-softmax
+    layer = tokens * kept_for_backward(method, hidden, inner, hidden // 128, rank)
+    stream = tokens * hidden * (4 if method == "QLoRA" else 2)  # what goes from layer to layer
+    kept = layers * (stream if checkpointing else layer) + 8 * tokens * hidden  # and the last norm
+    if method == "QLoRA":  # autocast's 16-bit copies of adapters and head
+        kept += 2 * (gradients // 4 + vocabulary * hidden)
+    logits, head = tokens * vocabulary, vocabulary * hidden
+    copies = {"AdamW": 2, "SGD": 1, "LOMO": 2, "AdaLomo": 4}.get(method, 0)  # of the largest weight, in 32 bits
+    moments = [  # (gradients, activations, temporary)
+        (0, kept + 10 * logits, 0),  # logits in 16 bits, in 32, and their log-softmax
         (0, kept + 4 * logits, 8 * logits),
+        (gradients, 0 if gradients else kept, copies * 4 * head),
     ]
-    if checkpointing:
-        first = gradients * (1 - 0.8 / layers) - (2 * head if largest and gradients else 0)
-        moments.append((first, layer, tokens * 6 * inner))
-    copies = {"AdamW": 2, "SGD": 1, "LOMO": 2, "AdaLomo": 4}.get(method, 0)
-    moments.append((gradients, 0 if gradients else kept, copies * largest))
-    best = max(moments, key=sum)
-    return dict(zip(CATEGORIES, (parameters, states, *best), strict=True))
+    if checkpointing:  # at the first layer, which is computed again
+        missing = 2 * head + 0.8 * gradients / layers if method in ("AdamW", "SGD") else 0
+        moments.append((gradients - missing, layer, 6 * tokens * inner))
+    return dict(zip(CATEGORIES, (parameters, states, *max(moments, key=sum)), strict=True))
 
 
 def _check_plan(method, *sizes):
