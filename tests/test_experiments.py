@@ -11,6 +11,7 @@ from tuning.experiments import (
     bench,
     four_bits,
     four_way,
+    full_tuning,
     instruction,
     learning_curve,
     lora,
@@ -21,6 +22,7 @@ from tuning.experiments import (
     qlora_memory,
     record,
 )
+from tuning.models import load_lm
 
 
 def recorder(folder, total=2, **settings):
@@ -413,6 +415,41 @@ def test_the_bench_of_adapters_on_a_tiny_model(tiny_gpt2, monkeypatch):
     before = weights[1].detach().clone()
     bench.lora_step(ours, weights)()
     assert not torch.equal(weights[1], before)  # a step trains
+
+
+def test_the_bench_of_lomo_on_a_tiny_model(tiny_gpt2, monkeypatch):
+    pytest.importorskip("lomo_optim")
+    real = bench.load_lm
+    monkeypatch.setattr(bench, "load_lm", lambda **options: real(tiny_gpt2, **options))
+    monkeypatch.setattr(bench, "peak_of", lambda step: 1.0)
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.ones(4, 8, dtype=torch.long))
+    found = bench.measure_lomo("cpu", rounds=1)
+    assert {name for name in found if "lomo-optim" in name} <= set(bench.BUDGETS)
+    assert len(found) == 6 and all(value > 0 for value in found.values())
+
+
+def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(full_tuning, "RATES", {name: rates[:1] for name, rates in full_tuning.RATES.items()})
+    monkeypatch.setattr(full_tuning, "SEEDS", (0,))
+    monkeypatch.setattr(full_tuning, "TRAIN", 16)
+    arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "8", "--steps", "2", "--out", str(tmp_path)]
+    full_tuning.main(arguments)
+    results = record.load_results("full_tuning", tmp_path)["results"]
+    assert len(results) == 1 + 3 * len(full_tuning.RATES)
+    for name in full_tuning.RATES:
+        assert results[f"run/{name}/0"]["n"] == 8 and results[f"run/{name}/0"]["perplexity elsewhere"] > 1
+    held = {name: results[f"live/{name}"]["largest"]["gradients"] for name in full_tuning.RATES}
+    assert held["LOMO"] < held["AdamW"] and held["AdaLomo"] < held["AdamW"]
+
+
+def test_a_training_that_breaks_down_is_noted_and_the_model_restored(tiny_gpt2):
+    model, tokenizer = load_lm(tiny_gpt2, "cpu", torch.float32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = full_tuning.labelled_reviews()
+    data = {"train": rows["train"], "dev": rows["dev"][:8]}
+    found = full_tuning.run("LOMO", model, tokenizer, data, 1e30, 0, 6, test=False)
+    assert "not finite" in found["stopped"] and found["dev"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
 def test_what_a_model_loses_in_four_bits(tmp_path, tiny_llama):

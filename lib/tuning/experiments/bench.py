@@ -24,6 +24,7 @@ import torch
 from ..adapter_files import load_adapter, save_adapter
 from ..data import TEMPLATES, load_facts
 from ..four_bit_files import load_lm_4bit
+from ..lomo import Lomo
 from ..lora import add_lora, merge, unmerge, use_adapter
 from ..models import default_device, load_lm, model_source
 from ..nf4 import dequantize, quantize
@@ -47,6 +48,8 @@ BUDGETS = {  # from the design: the largest value allowed, or the smallest where
     "dequantize against bitsandbytes, times": (2.5, False),
     "dequantize compiled against bitsandbytes, times": (1.3, False),
     "QLoRA step against bitsandbytes, times": (1.1, False),
+    "LOMO step against lomo-optim, times": (1.1, False),
+    "LOMO step against lomo-optim, peak memory, times": (1.1, False),
     "make book when set up, s": (60, False),
     "make book from a bare clone, s": (360, False),
     "chapter, s": (150, False),
@@ -156,10 +159,14 @@ def lora_step(model, weights):
     return lambda: take_step(weights, optimizer, schedule, model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def lora_peak(whose, device, steps=3):
-    """Peak memory, GB, of a process that loads the model and takes a few steps."""
-    code = f"import tuning.experiments.bench as b; s = b.lora_step(*b.lora_model({whose!r}, {str(device)!r}))\n"
+def peak_of(step, steps=3):
+    """Peak memory, GB, of a process that takes a few steps; `step` is an expression of this module, as text."""
+    code = f"from tuning.experiments.bench import *; s = {step}\n"
     return run_timed([sys.executable, "-c", code + f"for _ in range({steps}): s()"])[1]
+
+
+def lora_peak(whose, device):
+    return peak_of(f"lora_step(*lora_model({whose!r}, {str(device)!r}))")
 
 
 def measure_lora(device, rounds=7):
@@ -243,6 +250,43 @@ def measure_four_bits(device, rounds=7):
     }
 
 
+def full_step(whose, device):
+    """A function that trains all weights of the default model, a copy of its own, on 4 rows of 64 random tokens."""
+    model, _ = load_lm(device=device, dtype=torch.float32)
+    model.train()
+    ids = torch.randint(1000, 49_000, (4, 64), generator=torch.Generator().manual_seed(0)).to(model.device)
+    loss = lambda: model(input_ids=ids, labels=ids, use_cache=False).loss  # noqa: E731
+    if whose == "lomo-optim":
+        from lomo_optim import Lomo as Theirs
+
+        theirs = Theirs(model, lr=1e-5)
+        return lambda: theirs.fused_backward(loss(), 1e-5)
+    if whose == "LOMO":
+        ours = Lomo(model, lr=1e-5)
+        return lambda: ours.backward(loss())
+    kind = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[whose]
+    optimizer = kind(model.parameters(), lr=1e-5)
+
+    def step():
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure_lomo(device, rounds=7):
+    """LOMO against lomo-optim, SGD and AdamW, side by side: a step's time and its peak memory."""
+    steps = {whose: full_step(whose, device) for whose in ("LOMO", "lomo-optim", "SGD", "AdamW")}
+    measured = {}
+    peak = peak_of(f"full_step('LOMO', {str(device)!r})")
+    for other in ("lomo-optim", "SGD", "AdamW"):
+        measured[f"LOMO step against {other}, times"] = median_ratio(steps["LOMO"], steps[other], device, rounds)
+        theirs = peak_of(f"full_step({other!r}, {str(device)!r})")
+        measured[f"LOMO step against {other}, peak memory, times"] = peak / theirs
+    return measured
+
+
 def run_timed(command, cwd=ROOT):
     """Seconds and the peak memory (GB) of the largest process that `command` started; its failure is an error."""
     code = (
@@ -314,12 +358,13 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
     device = options.device or default_device()
-    recorder = Recorder("bench", options.out, device, 6 + len(chapters) + options.bare, machine=machine())
+    recorder = Recorder("bench", options.out, device, 7 + len(chapters) + options.bare, machine=machine())
     recorder.piece("load", lambda: measure_load(device))
     recorder.piece("scoring", lambda: measure_scoring(*load_lm(device=device)))
     recorder.piece("p_tuning", lambda: measure_p_tuning_step(*load_lm(device=device)))
     recorder.piece("lora", lambda: measure_lora(device))
     recorder.piece("four bits", lambda: measure_four_bits(device))
+    recorder.piece("lomo", lambda: measure_lomo(device))
     for path in chapters:
         recorder.piece(f"chapter/{path.stem}", lambda path=path: measure_chapter(path))
     recorder.piece("book", measure_book)

@@ -1,0 +1,166 @@
+"""Chapter 12's recorded run: all weights of a model tuned on movie reviews, by LOMO, AdaLomo and AdamW; and LoRA.
+
+    python -m tuning.experiments.full_tuning
+
+256 sentences, 48 steps of eight, the rate up over a tenth of the steps and then straight down. Every method has a
+sweep of rates on dev, and three seeds at the best. LOMO is there in one pass and with its norm clipped, in two; AdamW
+clips too. Beside accuracy: time, peak memory, the most gradient bytes at once, and what it cost elsewhere.
+"""
+
+import copy
+import time
+from contextlib import contextmanager
+
+import torch
+
+from ..data import load_wic
+from ..lomo import AdaLomo, FusedOptimizer, Lomo
+from ..lora import add_lora, unload
+from ..memory import CATEGORIES, LiveBytes
+from ..models import load_lm
+from ..p_tuning import answer_loss, prompt_logits
+from ..prompts import answer_id, bootstrap_interval
+from ..training import batch_rows, optimizer_for, rate_factor, take_step
+from .four_way import PeakMemory, perplexity
+from .learning_curve import balanced, labelled_reviews
+from .record import Recorder, option_parser
+
+TEMPLATE, WORDS = "Review: [X]\nSentiment: [Y].", ("negative", "positive")
+RATES = {
+    "AdamW": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4),
+    "LOMO": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "LOMO, norm clipped": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "AdaLomo": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
+    "LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+}
+SEEDS = (0, 1, 2)
+STEPS, BATCH, TRAIN, DEV, TEST = 48, 8, 256, 200, 400
+
+
+def optimizer_and_step(name, model, lr, steps):
+    """What the method trains with, and a function from a loss to one update."""
+    if name in ("AdamW", "LoRA"):
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer, schedule = optimizer_for(weights, lr, steps)
+        return optimizer, lambda loss: take_step(weights, optimizer, schedule, loss)
+    kind = AdaLomo if name == "AdaLomo" else Lomo
+    optimizer = kind(model, lr, clip_norm=1.0 if "clipped" in name else None)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+
+    def step(loss):
+        optimizer.backward(loss)
+        schedule.step()
+
+    return optimizer, step
+
+
+@torch.no_grad()
+def hits(model, tokenizer, rows, words):
+    """(n,) bool: which sentences get the right word."""
+    logits = prompt_logits(model, tokenizer, TEMPLATE, [text for text, _ in rows])[:, words]
+    return logits.argmax(dim=1) == torch.tensor([label for _, label in rows])
+
+
+@contextmanager
+def prepared(name, model, lr, seed, steps):
+    """The model ready for a method, as `(optimizer, step)`; afterwards it is as it was."""
+    before = None if name == "LoRA" else copy.deepcopy(model.state_dict())
+    torch.manual_seed(seed)
+    model.requires_grad_(name != "LoRA")
+    if name == "LoRA":
+        add_lora(model, "all-linear", rank=8, alpha=16)
+    optimizer, step = optimizer_and_step(name, model, lr, steps)
+    try:
+        yield optimizer, step
+    finally:
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer.detach()
+        if name == "LoRA":
+            unload(model)
+        else:
+            model.load_state_dict(before)
+        model.zero_grad()
+        model.requires_grad_(False).eval()
+
+
+def run(name, model, tokenizer, data, lr, seed, steps, test=True):
+    """Train one method, score it, and leave the model as it was. Gradients that are not finite end the training."""
+    words = [answer_id(tokenizer, word) for word in WORDS]
+    rows, losses = balanced(data["train"], TRAIN, seed), []
+    found = {"method": name, "lr": lr, "seed": seed, "stopped": None, "dev": 0.0}
+    with prepared(name, model, lr, seed, steps) as (_, step):
+        try:
+            with PeakMemory(model.device) as memory:
+                start = time.perf_counter()
+                for index in range(steps):
+                    batch = [rows[row] for row in batch_rows(index, len(rows), min(BATCH, len(rows)), seed)]
+                    losses.append(answer_loss(model, tokenizer, TEMPLATE, batch, words=words))
+                    step(losses[-1])
+                    losses[-1] = losses[-1].item()
+                found["seconds"] = time.perf_counter() - start
+            found |= {"peak_bytes": memory.peak, "losses": losses}
+        except FloatingPointError as error:
+            return found | {"stopped": str(error)}
+        found["dev"] = hits(model, tokenizer, data["dev"], words).double().mean().item()
+        if test:
+            right = hits(model, tokenizer, data["test"], words)
+            low, high = bootstrap_interval(right)
+            found |= {"test": right.double().mean().item(), "low": low, "high": high, "n": len(right)}
+            found |= {"hits": "".join(str(int(hit)) for hit in right)}
+            found["perplexity elsewhere"] = perplexity(model, tokenizer, data["sentences"])
+    return found
+
+
+def live_bytes(name, model, tokenizer, data):
+    """The most bytes of each category that are alive at once in a step (the second), and those at the peak of all."""
+    words = [answer_id(tokenizer, word) for word in WORDS]
+    batch = balanced(data["train"], BATCH, 0)
+    with prepared(name, model, 1e-6, 0, 10) as (optimizer, step):
+        step(answer_loss(model, tokenizer, TEMPLATE, batch, words=words))
+        with LiveBytes(model, optimizer) as live:
+            step(answer_loss(model, tokenizer, TEMPLATE, batch, words=words))
+    largest = [max(column) for column in zip(*live.timeline, strict=True)]
+    return {"largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
+
+
+def main(arguments=None):
+    options = option_parser(__doc__, STEPS).parse_args(arguments)
+    model, tokenizer = load_lm(options.model, options.device, torch.float32)
+    rows = labelled_reviews()
+    data = {
+        "train": rows["train"],
+        "dev": balanced(rows["dev"], options.limit or DEV, 0),
+        "test": rows["test"][: options.limit or TEST],
+        "sentences": [row["sentence1"] for row in load_wic()["test"]][: min(100, options.limit or 100)],
+    }
+    total = sum(len(rates) for rates in RATES.values()) + len(RATES) * (len(SEEDS) + 1) + 1
+    settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
+    recorder = Recorder("full_tuning", options.out, model.device, total, **settings)
+    words = [answer_id(tokenizer, word) for word in WORDS]
+    recorder.piece(
+        "untrained",
+        lambda: {
+            "test": hits(model, tokenizer, data["test"], words).double().mean().item(),
+            "perplexity elsewhere": perplexity(model, tokenizer, data["sentences"]),
+        },
+    )
+    for name, rates in RATES.items():
+        recorder.piece(f"live/{name}", lambda n=name: live_bytes(n, model, tokenizer, data))
+        swept = {}
+        for lr in rates:
+            piece = recorder.piece(
+                f"sweep/{name}/{lr:g}",
+                lambda n=name, lr=lr: run(n, model, tokenizer, data, lr, 0, options.steps, test=False),
+            )
+            swept[lr] = piece["dev"]
+        best = max(swept, key=swept.get)
+        for seed in SEEDS:
+            recorder.piece(
+                f"run/{name}/{seed}",
+                lambda n=name, lr=best, s=seed: run(n, model, tokenizer, data, lr, s, options.steps),
+            )
+    recorder.finish()
+
+
+if __name__ == "__main__":
+    main()
