@@ -31,7 +31,7 @@ class LossScale:
             self.value *= 2
 
 
-class _Books(torch.optim.Optimizer):
+class Bookkeeping(torch.optim.Optimizer):
     """What a fused optimizer keeps beside its updates: hooks, names, counters, saved state, wrong calls."""
 
     def __init__(self, model, lr, clip_norm=None, clip_value=None, loss_scale=None, weight_decay=0.0):
@@ -103,7 +103,7 @@ class _Books(torch.optim.Optimizer):
             self.scale.value, self.scale.good = own["scale"], own["good"]
 
 
-class HookedOptimizer(_Books):
+class HookedOptimizer(Bookkeeping):
     """A backward pass in which each gradient is used once it is complete, and let go of."""
 
     def run(self, loss, use, retain_graph=False):
