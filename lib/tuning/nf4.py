@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import torch
 
 __all__ = [
-    "Quantized",
     "dequantize",
     "dynamic_map",
     "nearest",
