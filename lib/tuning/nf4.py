@@ -11,7 +11,6 @@ from functools import cache
 import torch
 
 __all__ = [
-    "Quantized",
     "dequantize",
     "dynamic_map",
     "nearest",
