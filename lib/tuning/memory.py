@@ -203,7 +203,7 @@ def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, v
         (gradients, 0 if gradients else kept, copies * 4 * head),
     ]
     if checkpointing:  # at the first layer, which is computed again
-        missing = 2 * head + 0.8 * gradients / layers if method in ("AdamW", "SGD") else 0
+        missing = 2 * head + 0.8 * gradients / layers if gradients and copies else 0
         moments.append((gradients - missing, layer, 6 * tokens * inner))
     return dict(zip(CATEGORIES, (parameters, states, *max(moments, key=sum)), strict=True))
 
