@@ -152,6 +152,11 @@ def prepare_for_training(model, checkpointing=True):
 class KeepsStates(torch.optim.Optimizer):
     """An optimizer whose loaded states stay in the host's memory and in their dtype; torch's take the parameters'."""
 
+    def state_dict(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to the host may be under way
+        return super().state_dict()
+
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         restore_states(
