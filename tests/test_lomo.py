@@ -285,6 +285,25 @@ def test_a_weight_in_two_reentrant_segments_is_refused_before_anything_changes(c
     assert not same(model, before)
 
 
+def test_data_parallel_is_refused(model, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="one device"):
+            Lomo(nn.parallel.DistributedDataParallel(model), lr=0.1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_float64_stays_so(model):
+    model.double()
+    other = copy.deepcopy(model)
+    lomo, sgd = Lomo(model, lr=0.1), torch.optim.SGD(other.parameters(), lr=0.1, foreach=False)
+    lomo.backward(loss_of(model))
+    loss_of(other).backward()
+    sgd.step()
+    assert same(model, other)
+
+
 def test_a_compiled_model_trains_as_before(model):
     other = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager")
@@ -336,6 +355,8 @@ def test_bad_input(model, kind):
     kind(model, lr=0.1)
     with pytest.raises(ValueError, match="detach"):
         Lomo(model, lr=0.1)
+    with pytest.raises(ValueError, match="one group"):
+        kind(nn.Linear(2, 2), lr=0.1).add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(ValueError, match="nothing to train"):
         kind(nn.Linear(2, 2).requires_grad_(False), lr=0.1)
     with pytest.raises(ValueError, match="sparse=False"):

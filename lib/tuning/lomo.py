@@ -47,12 +47,20 @@ class Bookkeeping(torch.optim.Optimizer):
     def begin(self, loss):
         """Check a step's loss; whether a first pass is needed: to clip, to scale, or to see if gradients come in parts.
 
-        They may with reentrant checkpointing, so where the first loss's graph has that, they are counted once.
+        They may with reentrant checkpointing, so where the first loss's graph has that, they are counted, once. (If the
+        model changes later, detach and begin anew.)
         """
         _check_loss(loss, self.names)
         self._opt_called = True  # torch's schedules ask
         in_parts = not self.counted and any("CheckpointFunction" in node.name() for node in _graph(loss))
         return bool(self.clip_norm or self.scale or in_parts)
+
+    def add_param_group(self, group):
+        if self.param_groups:
+            raise ValueError(
+                "a fused optimizer has one group of weights, with one rate; freeze what is not to be trained"
+            )
+        super().add_param_group(group)
 
     def skip(self):
         """Note that a step is left out, since its gradients are not finite."""
@@ -122,7 +130,7 @@ class HookedOptimizer(Bookkeeping):
         grad, weight.grad = weight.grad, None
         _check_take(self, weight, grad)
         self.seen.add(weight)
-        grad = grad.float()
+        grad = exact(grad)
         self.use(weight, grad.div_(self.scale.value) if self.scale else grad)
 
 
@@ -137,7 +145,9 @@ class FusedOptimizer(HookedOptimizer):
         model: its parameters that require gradients are trained.
         lr: the learning rate, also as `param_groups[0]["lr"]`, where torch's schedules set it.
         clip_norm: the largest norm of all gradients together; clip_value: the largest magnitude of a gradient's number.
-        loss_scale: where dynamic loss scaling starts, e.g. 2.0**16; needed in float16.
+            With both, the norm is that before clipping by value, as in lomo-optim.
+        loss_scale: where dynamic loss scaling starts, e.g. 2.0**16; needed in float16. Compute the loss in float32,
+            for a loss in float16 cannot be scaled by more than 2**15.
         weight_decay: decoupled: in each step weights shrink by this times the rate.
 
     Raises:
@@ -186,10 +196,10 @@ class Lomo(FusedOptimizer):
     """SGD fused into backward: no gradient is kept, and there is no state. Arguments as in `FusedOptimizer`."""
 
     def update(self, weight, grad, group):
-        exact = weight.float()  # of a float32 weight it is the weight
+        new = exact(weight)
         if group["weight_decay"]:
-            exact.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.copy_(exact.add_(grad, alpha=-group["lr"]))
+            new.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.copy_(new.add_(grad, alpha=-group["lr"]))
 
 
 class AdaLomo(FusedOptimizer):
@@ -211,11 +221,16 @@ class AdaLomo(FusedOptimizer):
             scale = _average(state, "square", square, beta).rsqrt()
         change = scale.mul_(grad)
         change.div_(_rms(change).clamp(min=1.0))
-        exact = weight.float()
-        lr = group["lr"] * _rms(exact).clamp(min=1e-3)
+        new = exact(weight)
+        lr = group["lr"] * _rms(new).clamp(min=1e-3)
         if group["weight_decay"]:
-            exact.mul_(1 - lr * group["weight_decay"])
-        weight.copy_(exact.sub_(change.mul_(lr)))
+            new.mul_(1 - lr * group["weight_decay"])
+        weight.copy_(new.sub_(change.mul_(lr)))
+
+
+def exact(x):
+    """A copy in float32 if x is in 16 bits, else x itself."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _average(state, name, new, beta):
@@ -235,6 +250,10 @@ def _trained(model, numbers, weight_decay):
             raise ValueError(f"{name} is {value}; it must be a positive number" + (" or None" if name != "lr" else ""))
     if weight_decay < 0:
         raise ValueError(f"weight_decay is {weight_decay}; it must not be negative")
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "under DistributedDataParallel each process would update by its own gradient; train on one device"
+        )
     names = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
     if not names:
         raise ValueError("there is nothing to train: no parameter of this model requires gradients")
