@@ -126,6 +126,13 @@ def test_the_plan_is_within_five_percent_of_the_simulation(method, checkpointing
     assert sum(plan(method, shape, **size, checkpointing=checkpointing).values()) == pytest.approx(found, rel=0.05)
 
 
+@pytest.mark.parametrize("method", ["LOMO", "LoRA", "P-tuning"])
+def test_the_plan_of_a_deep_model_and_one_long_text(method):
+    shape, size = (512, 1408, 24), {"batch": 1, "length": 700}
+    found = sum(lomo_memory.simulate(shape, method, True, **size).peak.values())
+    assert sum(plan(method, shape, **size).values()) == pytest.approx(found, rel=0.05)
+
+
 def test_what_a_layer_keeps_is_what_autograd_saves():
     shape, tokens = (256, 512, 2), 2 * 16
     kept = {}
@@ -160,10 +167,10 @@ def test_the_memory_runs_at_toy_size(tmp_path):
     size = ["--sizes", "toy", "--batch", "2", "--length", "8", "--out", str(tmp_path)]
     lomo_memory.main(size)
     results = record.load_results("lomo_memory", tmp_path)["results"]
-    assert len(results) == 2 * len(METHODS) + 1
+    assert len(results) == 3 * len(METHODS) + 1
     assert (
-        results["toy/LOMO/with checkpointing"]["largest"]["gradients"]
-        < 0.5 * results["toy/SGD/with checkpointing"]["largest"]["gradients"]
+        results["toy/LOMO/with checkpointing/2x8"]["largest"]["gradients"]
+        < 0.5 * results["toy/SGD/with checkpointing/2x8"]["largest"]["gradients"]
     )
     pytest.importorskip("lomo_optim")
     lomo_memory.main([*size, "--device", "cpu"])

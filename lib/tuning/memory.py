@@ -193,17 +193,17 @@ def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, v
     layer = tokens * kept_for_backward(method, hidden, inner, hidden // 128, rank)
     stream = tokens * hidden * (4 if method == "QLoRA" else 2)  # what goes from layer to layer
     kept = layers * (stream if checkpointing else layer) + 8 * tokens * hidden  # and the last norm
-    if method == "QLoRA":  # autocast's 16-bit copies of adapters and head
-        kept += 2 * (gradients // 4 + vocabulary * hidden)
+    casts = 2 * (gradients // 4 + vocabulary * hidden) if method == "QLoRA" else 0  # by autocast, of adapters and head
     logits, head = tokens * vocabulary, vocabulary * hidden
     copies = {"AdamW": 2, "SGD": 1, "LOMO": 2, "AdaLomo": 4}.get(method, 0)  # of the largest weight, in 32 bits
     moments = [  # (gradients, activations, temporary)
-        (0, kept + 10 * logits, 0),  # logits in 16 bits, in 32, and their log-softmax
-        (0, kept + 4 * logits, 8 * logits),
-        (gradients, 0 if gradients else kept, copies * 4 * head),
+        (0, kept + casts + 10 * logits, 0),  # end of forward: logits in 16 bits and in 32, their log-softmax
+        (0, kept + 4 * logits + (0 if checkpointing else casts), 8 * logits),  # the loss's gradient
+        (gradients, 0 if gradients else kept, copies * 4 * head),  # the update
     ]
-    if checkpointing:  # at the first layer, which is computed again
+    if checkpointing:  # a layer is computed again: the last, with all inputs kept; the first, with nearly all gradients
         missing = 2 * head + 0.8 * gradients / layers if gradients and copies else 0
+        moments.append((0, kept + layer, 6 * tokens * inner))
         moments.append((gradients - missing, layer, 6 * tokens * inner))
     return dict(zip(CATEGORIES, (parameters, states, *max(moments, key=sum)), strict=True))
 

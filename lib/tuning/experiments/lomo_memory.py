@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..lomo import AdaLomo, Lomo
 from ..lora import LoRA, add_lora
-from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes, plan
+from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes
 from ..nf4 import SCALE_BLOCK, Quantized, dynamic_map_on
 from ..p_tuning import PromptEncoder
 from ..qlora import Linear4bit, prepare_for_training
@@ -220,20 +220,19 @@ def main(arguments=None):
                 run = (shapes[name], method, device)
                 recorder.piece(f"{name}/{method}", lambda r=run: measure(*r, **size, steps=options.steps))
     else:
-        total = len(sizes) * len(METHODS) * 2 + len(sizes[:2])
+        short, long = (options.batch, options.length), (1, options.batch * options.length // 2)
+        cases = [(*short, True), (*short, False), (*long, True)]
+        total = len(sizes) * len(METHODS) * len(cases) + len(sizes[:2])
         recorder = Recorder("lomo_memory", options.out, torch.device("cpu"), total, **settings)
         for name in sizes:
             for method in METHODS:
-                for checkpointing in (True, False):
-                    run = (shapes[name], method, checkpointing)
-                    key = f"{name}/{method}/{'with' if checkpointing else 'without'} checkpointing"
-                    recorder.piece(
-                        key,
-                        lambda r=run: simulated(*r, **size) | {"plan": plan(r[1], r[0], **size, checkpointing=r[2])},
-                    )
+                for batch, length, checkpointing in cases:
+                    run = (shapes[name], method, checkpointing, "sdpa", batch, length)
+                    key = f"{name}/{method}/{'with' if checkpointing else 'without'} checkpointing/{batch}x{length}"
+                    recorder.piece(key, lambda r=run: simulated(*r))
         for name in sizes[:2]:
-            run = (shapes[name], "LOMO", False, "eager")
-            recorder.piece(f"{name}/LOMO/without checkpointing, eager attention", lambda r=run: simulated(*r, **size))
+            run = (shapes[name], "LOMO", False, "eager", *short)
+            recorder.piece(f"{name}/LOMO/eager attention/{short[0]}x{short[1]}", lambda r=run: simulated(*r))
     recorder.finish()
 
 
