@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["held_all_along", "kept_for_backward", "plan", "qlora_sheet"]
+__all__ = ["held_all_along", "kept_for_backward", "moments", "plan", "qlora_sheet"]
 
 CATEGORIES = ("parameters", "optimizer states", "gradients", "activations", "temporary")
 
@@ -170,6 +170,31 @@ def held_all_along(method, shape, rank=64, vocabulary=32_000):
     return 2 * all_of_them, states[method], gradients
 
 
+def moments(method, shape, tokens, checkpointing, rank=64, vocabulary=32_000):
+    """What may be the peak of a step beside parameters and states: (gradients, activations, temporary), bytes of each.
+
+    Arguments as in `plan`, but for `tokens`, of all sequences together.
+    """
+    hidden, inner, layers = shape
+    gradients = held_all_along(method, shape, rank, vocabulary)[2]
+    layer = tokens * kept_for_backward(method, hidden, inner, hidden // 128, rank)
+    stream = tokens * hidden * (4 if method == "QLoRA" else 2)  # from layer to layer
+    kept = layers * (stream if checkpointing else layer) + 8 * tokens * hidden  # and the last norm
+    logits, head = tokens * vocabulary, vocabulary * hidden
+    casts = 2 * (gradients // 4 + head) if method == "QLoRA" else 0  # autocast's copies
+    copies = {"AdamW": 2, "SGD": 1, "LOMO": 2, "AdaLomo": 4}.get(method, 0)  # of the head
+    found = [
+        (0, kept + casts + 10 * logits, 0),  # end of forward: in 16 bits, in 32, log-softmax
+        (0, kept + (0 if checkpointing else casts) + 4 * logits, 8 * logits),  # the loss's gradient
+        (gradients, 0 if gradients else kept, copies * 4 * head),  # the update
+    ]
+    if checkpointing:  # the last layer, made again with all inputs kept; and the first
+        missing = 2 * head + 0.8 * gradients / layers if gradients and copies else 0
+        found.append((0, kept + layer, 6 * tokens * inner))
+        found.append((gradients - missing, layer, 6 * tokens * inner))
+    return found
+
+
 def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, vocabulary=32_000):
     """Predict the peak of a training step of a LLaMA with 16-bit weights: bytes by category.
 
@@ -180,32 +205,16 @@ def plan(method, shape, batch, length, checkpointing=True, rank=64, prompt=20, v
         rank: of adapters beside all linear layers; prompt: pseudo tokens in front, from P-tuning's encoder.
 
     Returns:
-        {category: bytes} at the moment when their sum is largest, out of: the end of forward, the loss's gradient,
-        the first layer's, and the update.
+        {category: bytes} at the moment when their sum is largest. Live bytes: a process takes more.
 
     Raises:
         ValueError: an unknown method, or sizes that are not positive.
     """
     _check_plan(method, *shape, batch, length)
-    hidden, inner, layers = shape
-    parameters, states, gradients = held_all_along(method, shape, rank, vocabulary)
+    parameters, states, _ = held_all_along(method, shape, rank, vocabulary)
     tokens = batch * (length + (prompt if method == "P-tuning" else 0))
-    layer = tokens * kept_for_backward(method, hidden, inner, hidden // 128, rank)
-    stream = tokens * hidden * (4 if method == "QLoRA" else 2)  # what goes from layer to layer
-    kept = layers * (stream if checkpointing else layer) + 8 * tokens * hidden  # and the last norm
-    casts = 2 * (gradients // 4 + vocabulary * hidden) if method == "QLoRA" else 0  # by autocast, of adapters and head
-    logits, head = tokens * vocabulary, vocabulary * hidden
-    copies = {"AdamW": 2, "SGD": 1, "LOMO": 2, "AdaLomo": 4}.get(method, 0)  # of the largest weight, in 32 bits
-    moments = [  # (gradients, activations, temporary)
-        (0, kept + casts + 10 * logits, 0),  # end of forward: logits in 16 bits and in 32, their log-softmax
-        (0, kept + 4 * logits + (0 if checkpointing else casts), 8 * logits),  # the loss's gradient
-        (gradients, 0 if gradients else kept, copies * 4 * head),  # the update
-    ]
-    if checkpointing:  # a layer is computed again: the last, with all inputs kept; the first, with nearly all gradients
-        missing = 2 * head + 0.8 * gradients / layers if gradients and copies else 0
-        moments.append((0, kept + layer, 6 * tokens * inner))
-        moments.append((gradients - missing, layer, 6 * tokens * inner))
-    return dict(zip(CATEGORIES, (parameters, states, *max(moments, key=sum)), strict=True))
+    peak = max(moments(method, shape, tokens, checkpointing, rank, vocabulary), key=sum)
+    return dict(zip(CATEGORIES, (parameters, states, *peak), strict=True))
 
 
 def _check_plan(method, *sizes):
