@@ -1,8 +1,10 @@
 """LOMO: against torch's SGD, lomo-optim and float64; clipping, scaling, skipping; checkpointing; state; bad input."""
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -327,6 +329,23 @@ def test_detached_a_model_trains_as_any(model):
     AdaLomo(model, lr=0.1).backward(loss_of(model))
 
 
+@pytest.mark.parametrize("kind", [Lomo, AdaLomo])
+def test_model_and_optimizer_are_freed(kind):
+    model = nn.Linear(3, 2)
+    optimizer, seen = kind(model, lr=0.1), weakref.ref(model.weight)
+    optimizer.backward(model(torch.ones(1, 3)).sum())
+    del model, optimizer
+    gc.collect()
+    assert seen() is None
+
+
+def test_without_its_optimizer_a_model_trains_as_any(model):
+    Lomo(model, lr=0.1).backward(loss_of(model))
+    gc.collect()
+    loss_of(model).backward()
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
 def test_wrong_calls_say_what_to_call(model):
     optimizer, before = Lomo(model, lr=0.1), copy.deepcopy(model)
     with pytest.raises(RuntimeError, match=r"optimizer.backward\(loss\), not loss.backward"):
@@ -352,11 +371,16 @@ def test_bad_input(model, kind):
             kind(model, **({"lr": 0.1} | {name: value}))
     with pytest.raises(ValueError, match="weight_decay"):
         kind(model, lr=0.1, weight_decay=-1)
-    kind(model, lr=0.1)
+    kept = kind(model, lr=0.1)
     with pytest.raises(ValueError, match="detach"):
         Lomo(model, lr=0.1)
     with pytest.raises(ValueError, match="one group"):
-        kind(nn.Linear(2, 2), lr=0.1).add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        kept.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    other = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="no weight that is trained"):
+        kind(other, lr=0.1, clip_norm=1.0).backward(
+            loss_of(model.requires_grad_(False)) * torch.ones((), requires_grad=True)
+        )
     with pytest.raises(ValueError, match="nothing to train"):
         kind(nn.Linear(2, 2).requires_grad_(False), lr=0.1)
     with pytest.raises(ValueError, match="sparse=False"):

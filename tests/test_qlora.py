@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -80,12 +81,19 @@ def test_a_cast_of_the_model_leaves_the_scales_alone(double):
 
 
 def test_nothing_is_kept_for_backward_but_the_codes():
-    layer, saved = Linear4bit(quantize(torch.randn(40, 64))), []
+    layer, seen = Linear4bit(quantize(torch.randn(40, 64))), []
+    dequantized = layer.dequantized
     x = torch.randn(3, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = layer(x)
-    assert saved == []
+
+    def watched(tensor):
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    layer.dequantized = lambda dtype: watched(dequantized(dtype))
+    y = layer(watched(x * 1))
+    assert [tensor() for tensor in seen] == [None, None]  # neither the input nor the unpacked weight
     y.sum().backward()
+    layer.dequantized = dequantized
     torch.testing.assert_close(x.grad, layer.dequantized(torch.float32).sum(dim=0).expand(3, -1))
 
 
@@ -119,6 +127,33 @@ def test_quantizing_while_reading_saving_and_loading(tiny_llama, tmp_path, doubl
     plain = dequantize_model(again)
     assert type(plain.model.layers[0].mlp.up_proj) is nn.Linear
     torch.testing.assert_close(plain(IDS).logits, read(IDS).logits)
+
+
+def test_a_bias_follows_the_input(tiny_llama):
+    layer = Linear4bit(quantize(torch.randn(8, 64)), torch.randn(8))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert layer(torch.randn(2, 64, dtype=dtype)).dtype == dtype
+
+
+def test_dequantized_after_preparing_a_model_runs(tiny_llama):
+    model = prepare_for_training(quantize_model(tiny_llama[0].to(torch.bfloat16)), checkpointing=False)
+    expected = model(IDS).logits
+    plain = dequantize_model(model)
+    assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    torch.testing.assert_close(plain(IDS).logits, expected)
+
+
+def test_what_is_loaded_in_four_bits_is_named_as_by_load_lm(tiny_llama, tmp_path):
+    _, folder = tiny_llama
+    (folder / "consolidated.safetensors").write_bytes(b"another format's")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 7]}')
+    model, tokenizer = load_lm_4bit(folder, "cpu")
+    assert model.name_or_path == str(folder) and tokenizer.mask_token is None
+    save_4bit(tmp_path / "four", model, tokenizer)
+    again, _ = load_lm_4bit(tmp_path / "four", "cpu")
+    assert again.generation_config.eos_token_id == model.generation_config.eos_token_id == [3, 7]
+    with pytest.raises(ValueError, match="no model 'nobody/nothing'"):
+        load_lm_4bit("nobody/nothing", "cpu")
 
 
 def test_adapters_train_through_four_bits(tiny_llama):
@@ -210,6 +245,21 @@ def test_paged_adamw_goes_on_where_it_was(dtype):
         other.step()
     assert torch.equal(whole, stopped)
     assert other.state[stopped]["mean"].dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+def test_paged_adamw_on_a_gpu_keeps_its_averages_in_the_hosts_memory():
+    weight = nn.Parameter(torch.ones(1000, device="cuda"))
+    other = nn.Parameter(torch.ones(1000, device="cuda"))
+    paged, plain = PagedAdamW([weight], lr=0.01), torch.optim.AdamW([other], lr=0.01)
+    for step in range(4):
+        weight.grad = torch.randn(1000, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        other.grad = weight.grad.clone()
+        paged.step()
+        plain.step()
+        paged.load_state_dict(paged.state_dict())
+        assert paged.state[weight]["mean"].is_pinned()
+    torch.testing.assert_close(weight, other)
 
 
 def test_a_quantized_weight_cannot_be_trained():

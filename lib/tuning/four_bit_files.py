@@ -1,18 +1,19 @@
 """Models in four bits: quantized while they are read, one tensor at a time, and saved in safetensors."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .models import _digest, default_device, default_dtype, model_source
+from .models import HUB_IDS, _digest, _from_pretrained, default_device, default_dtype, model_source
 from .nf4 import Quantized, check_quantized
 from .qlora import Linear4bit, four_bit
 
@@ -35,7 +36,7 @@ def load_lm_4bit(name="smollm2-135m", device=None, dtype=None, kind="nf4", block
     """
     device = torch.device(device) if device is not None else default_device()
     folder = _folder(name)
-    config = AutoConfig.from_pretrained(folder)
+    config = _from_pretrained(AutoConfig, folder, name)
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or default_dtype(device))
     model.requires_grad_(False)
@@ -47,8 +48,12 @@ def load_lm_4bit(name="smollm2-135m", device=None, dtype=None, kind="nf4", block
     missing = [path for path, weight in model.named_parameters() if weight.is_meta]
     if missing:
         raise ValueError(f"the files in {folder} have no {missing[0]}; are they of this architecture, and all there?")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = HUB_IDS.get(name, str(name))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    tokenizer = _from_pretrained(AutoTokenizer, folder, name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.mask_token = None  # as in load_lm
     return model.to(device).eval(), tokenizer
 
 
@@ -77,8 +82,12 @@ def save_4bit(folder, model, tokenizer):
             tensors[key] = tensor.detach().cpu().contiguous()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    for stale in folder.glob("writing-*"):  # left by a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="writing-", dir=folder) as temporary:
         model.config.save_pretrained(temporary)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         save_file(tensors, f"{temporary}/{TENSORS}", {"format": "pt"})
         settings["sha256"] = _digest(f"{temporary}/{TENSORS}")
@@ -107,9 +116,7 @@ def _read_4bit(folder, model, device):
             )
             check_quantized(quantized, path)
             model.set_submodule(path, Linear4bit(quantized, tensors.pop(f"{path}.bias", None)))
-    except FileNotFoundError:
-        raise
-    except Exception as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder / TENSORS} is truncated or altered: {error}; get it again") from error
     for key, tensor in tensors.items():
         path, _, part = key.rpartition(".")
@@ -119,14 +126,14 @@ def _read_4bit(folder, model, device):
 
 
 def _read_and_quantize(folder, model, device, kind, block_size, double):
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"there is no .safetensors file in {folder}; save the model with save_pretrained first")
+    files = _weight_files(folder)
     output = model.get_output_embeddings()
     for file in files:
         with safe_open(file, framework="pt", device=str(device)) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 path, _, part = key.rpartition(".")
+                if part == "inv_freq":  # computed, but in files of older versions
+                    continue
                 layer = _submodule(model, path, key, file)
                 tensor = tensors.get_tensor(key)
                 _check_shape(layer, part, tensor, key, file)
@@ -140,12 +147,25 @@ def _read_and_quantize(folder, model, device, kind, block_size, double):
                     model.set_submodule(path, four_bit(layer, kind, block_size, double))
 
 
+def _weight_files(folder):
+    """The files of a model's weights: those that its index names, or the one."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    missing = [name for name in sorted(names) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"there is no {missing[0]} in {folder}; save the model with save_pretrained first")
+    return [folder / name for name in sorted(names)]
+
+
 def _folder(name):
     """The folder of a model's files, fetched from the hub if it is not one."""
     source = Path(model_source(name))
     if source.is_dir():
         return source
-    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model {name!r}: not a folder here, and the hub says: {error}") from error
 
 
 def _submodule(model, path, key, file):

@@ -8,6 +8,8 @@ A weight is updated inside backward, as soon as its gradient is complete, and th
 `Lomo` is plain SGD, `AdaLomo` (arXiv 2310.10195) is Adafactor's rule; both are `FusedOptimizer`s.
 """
 
+import weakref
+
 import torch
 
 from .training import restore_states
@@ -31,6 +33,18 @@ class LossScale:
             self.value *= 2
 
 
+class Hook:
+    """What is called when a weight's gradient is complete. It keeps no optimizer alive, for a weight keeps its hook."""
+
+    def __init__(self, optimizer):
+        self.optimizer = weakref.ref(optimizer)
+
+    def __call__(self, weight):
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            optimizer.take(weight)
+
+
 class Bookkeeping(torch.optim.Optimizer):
     """What a fused optimizer keeps beside its updates: hooks, names, counters, saved state, wrong calls."""
 
@@ -42,7 +56,8 @@ class Bookkeeping(torch.optim.Optimizer):
         self.scale = LossScale(loss_scale) if loss_scale else None
         self.steps, self.skipped, self.skipped_in_a_row = 0, 0, 0
         self.use, self.seen, self.counted = None, set(), False
-        self.hooks = [weight.register_post_accumulate_grad_hook(self.take) for weight in self.names]
+        hook = Hook(self)
+        self.hooks = [weight.register_post_accumulate_grad_hook(hook) for weight in self.names]
 
     def begin(self, loss):
         """Check a step's loss; whether a first pass is needed: to clip, to scale, or to see if gradients come in parts.
@@ -104,7 +119,7 @@ class Bookkeeping(torch.optim.Optimizer):
         """As torch's; tensors keep their dtype."""
         state_dict = dict(state_dict)
         own = state_dict.pop("fused")
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict | {"state": {}})
         restore_states(self, state_dict, lambda weight, value: value.to(weight.device, copy=True))
         self.steps, self.skipped = own["steps"], own["skipped"]
         if self.scale and "scale" in own:
@@ -169,14 +184,15 @@ class FusedOptimizer(HookedOptimizer):
         if self.begin(loss):
             norms = {}
             self.run(loss, lambda w, grad: norms.update({w: grad.norm()}), retain_graph=True)
+            if not norms:
+                raise ValueError("this loss depends on no weight that is trained")
             norm = torch.stack([norms[w] for w in self.names if w in norms]).norm()
-            self.counted = True
             if not norm.isfinite():
                 self.skip()
                 return norm
             if self.clip_norm:
                 factor = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.steps += 1
+        self.steps, self.counted = self.steps + 1, True
         self.run(loss, lambda w, grad: self.clip_and_update(w, grad, factor, norm is not None))
         self.finish()
         return norm
@@ -262,7 +278,7 @@ def _trained(model, numbers, weight_decay):
             raise ValueError(f"{path} has sparse gradients, which this cannot use; build it with sparse=False")
     for weight, name in names.items():
         hooks = (getattr(weight, "_post_accumulate_grad_hooks", None) or {}).values()
-        if any(isinstance(getattr(hook, "__self__", None), FusedOptimizer) for hook in hooks):
+        if any(isinstance(hook, Hook) and hook.optimizer() is not None for hook in hooks):
             raise ValueError(f"{name} is trained by a fused optimizer already; call that one's detach() first")
         if weight.dtype == torch.float16 and numbers["loss_scale"] is None:
             raise ValueError(f"{name} is in float16, where small gradients become zero; pass loss_scale=2.0**16")

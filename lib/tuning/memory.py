@@ -1,6 +1,7 @@
 """Where the memory goes: live bytes by category, watched while a step runs, and counted from the shapes of layers."""
 
 import weakref
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,3 +223,28 @@ def _check_plan(method, *sizes):
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes must be positive, got {sizes}")
+
+
+class PeakMemory:
+    """The most memory in use while a block runs, in bytes: of the GPU, or of this process on Linux; else None.
+
+    `peak` is what tensors held; on a GPU `reserved` is what torch had taken from it for them, None elsewhere.
+    """
+
+    def __init__(self, device):
+        self.cuda, self.peak, self.reserved = torch.device(device).type == "cuda", None, None
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
+        return self
+
+    def __exit__(self, *_):
+        status = Path("/proc/self/status")
+        if self.cuda:
+            self.peak, self.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        elif status.exists():
+            mark = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
+            self.peak = int(mark.split()[1]) * 1024 if mark else None

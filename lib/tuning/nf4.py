@@ -56,10 +56,10 @@ def dynamic_map():
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
         for middle in (10 ** (exponent - 6) * (edges[:-1] + edges[1:]) / 2).tolist():
             values += [middle, -middle]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32)
 
 
 def pack(codes):
@@ -131,7 +131,7 @@ def quantize(weight, kind="nf4", block_size=64):
         ValueError: an empty or non-finite weight, another dtype, kind or block size.
     """
     _check(weight, kind, block_size)
-    levels = torch.tensor(LEVELS[kind], device=weight.device)
+    levels = torch.tensor(LEVELS[kind], dtype=torch.float32, device=weight.device)
     codes, scales = nearest(weight.detach().flatten().float(), levels, block_size)
     return Quantized(pack(codes), scales, None, weight.shape, weight.dtype, kind, block_size)
 
@@ -141,7 +141,7 @@ def quantize_scales(quantized):
     if quantized.second is not None:
         raise ValueError("the scales are in 8 bits already")
     mean = quantized.scales.mean()
-    codes, largest = nearest(quantized.scales - mean, dynamic_map().to(mean.device), SCALE_BLOCK)
+    codes, largest = nearest(quantized.scales - mean, dynamic_map_on(mean.device), SCALE_BLOCK)
     return replace(quantized, scales=codes.to(torch.uint8), second=(largest, mean))
 
 
@@ -149,16 +149,21 @@ def dequantize(quantized):
     """The weight that the codes stand for, in the dtype and shape of the one that was quantized."""
     check_quantized(quantized)
     q, device = quantized, quantized.codes.device
-    levels = torch.tensor(LEVELS[q.kind], device=device)
-    both = unpack(torch.arange(256, dtype=torch.uint8, device=device), 512).int()
-    pairs = levels[both.clamp(max=len(levels) - 1)].view(256, 2)  # of every byte
-    numbers = pairs.index_select(0, q.codes.int()).flatten()[: q.shape.numel()]
+    numbers = pairs_on(device, q.kind).index_select(0, q.codes.int()).flatten()[: q.shape.numel()]
     return scale_up(numbers, scales_of(q), q.block_size).to(q.dtype).view(q.shape)
 
 
 @cache
 def dynamic_map_on(device):
     return dynamic_map().to(device)
+
+
+@cache
+def pairs_on(device, kind):
+    """(256, 2) float32: the two levels that each byte stands for."""
+    levels = torch.tensor(LEVELS[kind], dtype=torch.float32)
+    both = unpack(torch.arange(256, dtype=torch.uint8), 512).int()
+    return levels[both.clamp(max=len(levels) - 1)].view(256, 2).to(device)
 
 
 def scales_of(quantized):
@@ -171,10 +176,11 @@ def scales_of(quantized):
 
 
 def scale_up(numbers, scales, block_size):
-    """(n,) numbers times the scale of their block."""
+    """(n,) numbers times the scale of their block, in place."""
     full = len(numbers) - len(numbers) % block_size
-    scaled = (numbers[:full].view(-1, block_size) * scales[: full // block_size].unsqueeze(1)).flatten()
-    return scaled if full == len(numbers) else torch.cat([scaled, numbers[full:] * scales[-1]])
+    numbers[:full].view(-1, block_size).mul_(scales[: full // block_size].unsqueeze(1))
+    numbers[full:].mul_(scales[-1])
+    return numbers
 
 
 def check_quantized(quantized, path="the weight"):

@@ -22,8 +22,9 @@ class FourBitProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.dequantized(product_dtype(x)), layer.bias)
+        ctx.layer, dtype = layer, product_dtype(x)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return F.linear(x, layer.dequantized(dtype), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -114,12 +115,17 @@ def four_bit(layer, kind="nf4", block_size=64, double=True):
 
 
 def dequantize_model(model):
-    """Put plain linear layers back, in place, with the weights that the codes stand for, in their dtype."""
+    """Put plain linear layers back, in place, with what the codes stand for, in the dtype of the model's first weight.
+
+    That is the embedding's; after `prepare_for_training` it is float32.
+    """
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
     for path, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
             with torch.device("meta"):
                 plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            plain.weight = nn.Parameter(layer.dequantized(layer.record.dtype), requires_grad=False)
+            weight = layer.dequantized(dtype or layer.record.dtype)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
             plain.bias = layer.bias
             model.set_submodule(path, plain.train(layer.training))
     return model
@@ -158,10 +164,13 @@ class KeepsStates(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        restore_states(
-            self, state_dict, lambda weight, value: value.cpu().pin_memory() if weight.is_cuda else value.clone()
-        )
+        super().load_state_dict(state_dict | {"state": {}})
+        restore_states(self, state_dict, in_host_memory)
+
+
+def in_host_memory(weight, value):
+    """A copy of `value` in the host's memory, pinned if the weight is on a GPU."""
+    return torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=weight.is_cuda).copy_(value)
 
 
 class PagedAdamW(KeepsStates):
@@ -188,7 +197,7 @@ class PagedAdamW(KeepsStates):
         if not state:
             state["step"] = 0
             for name in ("mean", "square"):
-                state[name] = torch.zeros(weight.shape, pin_memory=weight.is_cuda)
+                state[name] = in_host_memory(weight, torch.zeros(weight.shape, dtype=torch.float32))
         state["step"] += 1
         mean = state["mean"].to(weight.device, non_blocking=True)  # in
         square = state["square"].to(weight.device, non_blocking=True)

@@ -258,7 +258,7 @@ def _trainable(trained, rows, batch_size):
 
 
 def restore_states(optimizer, state_dict, place):
-    """After torch's `load_state_dict`: the saved tensors as they were. Torch gives them their parameters' dtype.
+    """Give an optimizer the saved tensors as they are; torch's `load_state_dict` gives them their weights' dtype.
 
     Args:
         place: a function from a weight and a tensor of its state to the tensor to keep.

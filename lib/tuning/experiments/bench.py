@@ -159,14 +159,18 @@ def lora_step(model, weights):
     return lambda: take_step(weights, optimizer, schedule, model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-def peak_of(step, steps=3):
-    """Peak memory, GB, of a process that takes a few steps; `step` is an expression of this module, as text."""
-    code = f"from tuning.experiments.bench import *; s = {step}\n"
-    return run_timed([sys.executable, "-c", code + f"for _ in range({steps}): s()"])[1]
+def peak_of(step, device, steps=3):
+    """Peak memory, GB, of a process that takes a few steps, or of its GPU; `step` is an expression of this module."""
+    code = f"from tuning.experiments.bench import *\ns = {step}\nfor _ in range({steps}): s()\n"
+    if torch.device(device).type != "cuda":
+        return run_timed([sys.executable, "-c", code])[1]
+    code += "print(torch.cuda.max_memory_allocated() / 1e9)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def lora_peak(whose, device):
-    return peak_of(f"lora_step(*lora_model({whose!r}, {str(device)!r}))")
+    return peak_of(f"lora_step(*lora_model({whose!r}, {str(device)!r}))", device)
 
 
 def measure_lora(device, rounds=7):
@@ -279,10 +283,10 @@ def measure_lomo(device, rounds=7):
     """LOMO against lomo-optim, SGD and AdamW, side by side: a step's time and its peak memory."""
     steps = {whose: full_step(whose, device) for whose in ("LOMO", "lomo-optim", "SGD", "AdamW")}
     measured = {}
-    peak = peak_of(f"full_step('LOMO', {str(device)!r})")
+    peak = peak_of(f"full_step('LOMO', {str(device)!r})", device)
     for other in ("lomo-optim", "SGD", "AdamW"):
         measured[f"LOMO step against {other}, times"] = median_ratio(steps["LOMO"], steps[other], device, rounds)
-        theirs = peak_of(f"full_step({other!r}, {str(device)!r})")
+        theirs = peak_of(f"full_step({other!r}, {str(device)!r})", device)
         measured[f"LOMO step against {other}, peak memory, times"] = peak / theirs
     return measured
 

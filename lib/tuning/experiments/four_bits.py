@@ -8,6 +8,7 @@ of NF4 with double quantization. The model's file was in four bits already, so t
 """
 
 import copy
+from functools import cache
 
 import torch
 
@@ -69,16 +70,20 @@ def main(arguments=None):
         bits = sum(layer.bits() * n for layer, n in zip(layers, numbers, strict=True)) / sum(numbers)
         return dequantize_model(lm), bits
 
-    bases = {"as it is": read(model), BASE: read(in_four_bits(BASE)[0])}
+    @cache
+    def read_in(way):
+        """Bits a number, and the losses of each text; of a base more than one piece asks."""
+        lm, bits = (model, 32.0) if way == "as it is" else in_four_bits(way)
+        return bits, read(lm)
 
     def measure(way):
-        lm, bits = (model, 32.0) if way == "as it is" else in_four_bits(way)
-        losses = bases[way] if way in bases else read(lm)
+        bits, losses = read_in(way)
         found = {"bits": bits}
         for name, loss in losses.items():
             total, count = loss.sum(dim=0)
             found[name] = {"perplexity": (total / count).exp().item(), "tokens": int(count)}
-            found[name] |= {f"over {base}": ratio_interval(loss, bases[base][name]) for base in bases}
+            for base in ("as it is", BASE):
+                found[name][f"over {base}"] = ratio_interval(loss, read_in(base)[1][name])
         return found
 
     for way in ("as it is", *WAYS):

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_superglue, load_wic
 from ..lora import add_lora, unload
+from ..memory import PeakMemory
 from ..models import load_lm
 from ..p_tuning import PromptEncoder, answer_loss, prompt_logits, soften
 from ..prompts import answer_id, bootstrap_interval, hits_at_1
@@ -270,28 +271,6 @@ def text_losses(model, tokenizer, texts, batch_size=16):
         loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
         found.append(torch.stack([loss.sum(dim=1), (labels >= 0).sum(dim=1)], dim=1))
     return torch.cat(found).double().cpu()
-
-
-class PeakMemory:
-    """The most memory in use while a block runs, in bytes: of the GPU, or of this process on Linux; else None."""
-
-    def __init__(self, device):
-        self.cuda, self.peak = torch.device(device).type == "cuda", None
-
-    def __enter__(self):
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
-        return self
-
-    def __exit__(self, *_):
-        status = Path("/proc/self/status")
-        if self.cuda:
-            self.peak = torch.cuda.max_memory_allocated()
-        elif status.exists():
-            mark = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM")), None)
-            self.peak = int(mark.split()[1]) * 1024 if mark else None
 
 
 def majority(task):

@@ -21,7 +21,7 @@ from ..models import load_lm
 from ..p_tuning import answer_loss, prompt_logits
 from ..prompts import answer_id, bootstrap_interval
 from ..training import batch_rows, optimizer_for, rate_factor, take_step
-from .four_way import PeakMemory, perplexity
+from .four_way import perplexity
 from .learning_curve import balanced, labelled_reviews
 from .record import Recorder, option_parser
 
@@ -90,15 +90,13 @@ def run(name, model, tokenizer, data, lr, seed, steps, test=True):
     found = {"method": name, "lr": lr, "seed": seed, "stopped": None, "dev": 0.0}
     with prepared(name, model, lr, seed, steps) as (_, step):
         try:
-            with PeakMemory(model.device) as memory:
-                start = time.perf_counter()
-                for index in range(steps):
-                    batch = [rows[row] for row in batch_rows(index, len(rows), min(BATCH, len(rows)), seed)]
-                    losses.append(answer_loss(model, tokenizer, TEMPLATE, batch, words=words))
-                    step(losses[-1])
-                    losses[-1] = losses[-1].item()
-                found["seconds"] = time.perf_counter() - start
-            found |= {"peak_bytes": memory.peak, "losses": losses}
+            start = time.perf_counter()
+            for index in range(steps):
+                batch = [rows[row] for row in batch_rows(index, len(rows), min(BATCH, len(rows)), seed)]
+                loss = answer_loss(model, tokenizer, TEMPLATE, batch, words=words)
+                step(loss)
+                losses.append(loss.item())
+            found |= {"seconds": time.perf_counter() - start, "losses": losses}
         except FloatingPointError as error:
             return found | {"stopped": str(error)}
         found["dev"] = hits(model, tokenizer, data["dev"], words).double().mean().item()

@@ -16,13 +16,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..lomo import AdaLomo, Lomo
+from ..lomo import AdaLomo, Bookkeeping, Lomo
 from ..lora import LoRA, add_lora
-from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes
-from ..nf4 import SCALE_BLOCK, Quantized, dynamic_map_on
+from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes, PeakMemory
+from ..nf4 import SCALE_BLOCK, Quantized, dynamic_map_on, pairs_on
 from ..p_tuning import PromptEncoder
 from ..qlora import Linear4bit, prepare_for_training
-from .four_way import PeakMemory
 from .record import Recorder, option_parser
 
 BATCH, LENGTH = 8, 512
@@ -55,25 +54,11 @@ class MixedPrecision(torch.optim.Optimizer):
             weight.copy_(master)
 
 
-class Unchecked(Lomo):
-    """LOMO for fake tensors, which have no numbers to look at."""
-
-    def is_finite(self, grad):
-        return True
-
-
-class UncheckedAda(AdaLomo):
-    """AdaLomo for fake tensors."""
-
-    def is_finite(self, grad):
-        return True
-
-
 FULL = {
     "AdamW": lambda model: MixedPrecision(model.parameters(), 1e-5, adam=True),
     "SGD": lambda model: MixedPrecision(model.parameters(), 1e-5, adam=False),
-    "LOMO": lambda model: Unchecked(model, 1e-5),
-    "AdaLomo": lambda model: UncheckedAda(model, 1e-5),
+    "LOMO": lambda model: Lomo(model, 1e-5),
+    "AdaLomo": lambda model: AdaLomo(model, 1e-5),
 }
 SHAPES = {"1B": (2048, 5504, 16)} | LLAMA  # the first is nobody's
 
@@ -153,8 +138,10 @@ def step(model, optimizer, batch, note=lambda text: None):
 def simulate(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
     """`LiveBytes` of the second step, with fake tensors: shapes and dtypes only, nothing is allocated or computed."""
     dynamic_map_on(torch.device("cpu"))  # made of real numbers
+    pairs_on(torch.device("cpu"), "nf4")
     stay = mock.patch.object(LoRA, "to", lambda adapter, device: adapter)  # fake tensors cannot be moved
-    with FakeTensorMode(allow_non_fake_inputs=True), stay:
+    unseen = mock.patch.object(Bookkeeping, "is_finite", lambda optimizer, grad: True)  # nor looked at
+    with FakeTensorMode(allow_non_fake_inputs=True), stay, unseen:
         model = llama(shape, attention)
         optimizer, inputs, whole = prepare(model, method)
         if checkpointing:
@@ -185,7 +172,7 @@ def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
 
         optimizer = lomo_optim.Lomo(model, lr=1e-5)
     else:
-        optimizer = (FULL | {"LOMO": lambda m: Lomo(m, 1e-5)})[method](model)
+        optimizer = FULL[method](model)
     found = {"parameter_bytes": sum(w.numel() * w.element_size() for w in model.parameters()), "seconds": []}
     with PeakMemory(device) as memory:
         for _ in range(steps):
@@ -194,7 +181,7 @@ def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             found["seconds"].append(time.perf_counter() - start)
-    found |= {"peak_bytes": memory.peak, "step_seconds": min(found["seconds"][1:])}
+    found |= {"peak_bytes": memory.peak, "reserved_bytes": memory.reserved, "step_seconds": min(found["seconds"][1:])}
     del model, optimizer
     gc.collect()
     if device.type == "cuda":
@@ -211,10 +198,14 @@ def main(arguments=None):
     device, size = options.device, {"batch": options.batch, "length": options.length}
     shapes = SHAPES | TOY
     sizes = options.sizes or (["7B"] if device else list(SHAPES))
-    settings = {"sizes": sizes, "measured": bool(device), **size}
+    settings = {"sizes": sizes, "measured": bool(device), **size} | ({"steps": options.steps} if device else {})
+    if options.steps < 2:
+        parser.error("--steps must be 2 at least: the first step is not timed")
     if device:  # AdamW's 102 GiB fit one H200; what does not fit is left out by naming other sizes
         methods = (*FULL, "lomo-optim")
-        recorder = Recorder("lomo_memory_measured", options.out, device, len(sizes) * len(methods), **settings)
+        recorder = Recorder(
+            "lomo_memory_measured", options.out, device, len(sizes) * len(methods), module="lomo_memory", **settings
+        )
         for name in sizes:
             for method in methods:
                 run = (shapes[name], method, device)

@@ -16,11 +16,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..lora import add_lora
-from ..memory import LLAMA
+from ..memory import LLAMA, PeakMemory
 from ..models import default_device, default_dtype
 from ..nf4 import quantize, quantize_scales
 from ..qlora import Linear4bit, PagedAdamW, prepare_for_training
-from .four_way import PeakMemory
 from .record import Recorder, option_parser
 
 HEADS = {"7B": 32, "13B": 40, "33B": 52, "65B": 64}
@@ -69,8 +68,25 @@ def theirs(weight):
         layer = bnb.nn.Linear4bit(in_features, out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     device = weight.device
     options = {"requires_grad": False, "quant_type": "nf4", "compress_statistics": True}
-    layer.weight = bnb.nn.Params4bit(weight.cpu(), **options).to(device)
+    layer.weight = bnb.nn.Params4bit(weight, **options).to(device)
     return layer
+
+
+def stored_bytes(model):
+    """Of parameters, buffers, and what bitsandbytes keeps beside its codes."""
+    held = [*model.parameters(), *model.buffers()]
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            held += [state.absmax, state.offset, state.state2.absmax]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def paged_bytes():
+    """What bitsandbytes has in memory that the driver moves, which torch does not count."""
+    import bitsandbytes.functional as F
+
+    return sum(tensor.nbytes for tensor in F.GlobalPageManager.get_instance().paged_tensors)
 
 
 def measure(shape, whose, device, dtype, length=LENGTH, rank=RANK, steps=STEPS):
@@ -86,8 +102,8 @@ def measure(shape, whose, device, dtype, length=LENGTH, rank=RANK, steps=STEPS):
 
         optimizer = bnb.optim.PagedAdamW32bit(trained, lr=1e-4)
     ids = torch.randint(0, 32_000, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
-    held = [*model.parameters(), *model.buffers()]
-    found = {"stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in held)}
+    found = {"stored_bytes": stored_bytes(model)}
+    paged = 0 if whose == "ours" else paged_bytes()
     found |= {"trained": sum(weight.numel() for weight in trained), "seconds": []}
     with PeakMemory(device) as memory:
         for _ in range(steps):
@@ -100,8 +116,10 @@ def measure(shape, whose, device, dtype, length=LENGTH, rank=RANK, steps=STEPS):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             found["seconds"].append(time.perf_counter() - start)
-    found |= {"peak_bytes": memory.peak, "loss": loss.item(), "step_seconds": min(found["seconds"][1:])}
-    del model, optimizer, trained, held, loss
+    found |= {"peak_bytes": memory.peak, "reserved_bytes": memory.reserved, "loss": loss.item()}
+    found |= {"step_seconds": min(found["seconds"][1:])}
+    found["paged_bytes"] = 0 if whose == "ours" else paged_bytes() - paged
+    del model, optimizer, trained, loss
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -113,14 +131,16 @@ def main(arguments=None):
     parser.add_argument("--sizes", nargs="*", default=list(SHAPES), choices=[*SHAPES, *TOY])
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of the sequence")
     options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error("--steps must be 2 at least: the first step is not timed")
     device = torch.device(options.device or default_device())
     dtype = default_dtype(device)
     settings = {"sizes": options.sizes, "length": options.length, "steps": options.steps, "dtype": str(dtype)}
     recorder = Recorder("qlora_memory", options.out, device, 2 * len(options.sizes), **settings)
-    for size in options.sizes:
-        shape = (SHAPES | TOY)[size]
-        rank = min(RANK, shape[0] // 2)
-        for whose in ("ours", "bitsandbytes"):
+    for whose in ("ours", "bitsandbytes"):  # so that ours are there, whatever becomes of the other
+        for size in options.sizes:
+            shape = (SHAPES | TOY)[size]
+            rank = min(RANK, shape[0] // 2)
             run_it = (shape, whose, device, dtype, options.length, rank, options.steps)
             recorder.piece(f"{size}/{whose}", lambda r=run_it: measure(*r))
     recorder.finish()

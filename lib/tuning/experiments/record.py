@@ -9,6 +9,7 @@ import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -23,14 +24,15 @@ class Recorder:
         folder: where to write. Into the package's own `results` only from a tree without uncommitted code.
         device: what it runs on, a `torch.device`.
         total: how many pieces there will be, for the progress line.
-        settings: what the outcome depends on (model, seed, sizes). Pieces of other settings or of another commit are
-            not taken up again.
+        module: the module that is run, if its name is not the result's.
+        settings: what the outcome depends on (model, seed, sizes). Pieces of other settings, of another device or of
+            another commit are not taken up again. Where there is no git, TUNING_COMMIT in the environment names it.
 
     Raises:
         RuntimeError: the code has uncommitted changes.
     """
 
-    def __init__(self, name, folder, device, total, **settings):
+    def __init__(self, name, folder, device, total, module=None, **settings):
         self.commit = code_commit()
         if Path(folder) == RESULTS and (self.commit is None or self.commit.endswith("-dirty")):
             raise RuntimeError(
@@ -38,6 +40,7 @@ class Recorder:
                 "with --out FOLDER"
             )
         self.name, self.folder, self.device, self.total = name, Path(folder), str(device), total
+        self.module = module or name
         self.settings = json.loads(json.dumps(settings))
         self.partial = self.folder / ".partial" / name
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ class Recorder:
     def piece(self, key, compute):
         """The result of `compute()`, from this call or from an earlier, killed run."""
         path = self.partial / (key.replace("/", "-") + ".json")
-        stamp = {"commit": self.commit, "settings": self.settings}
+        stamp = {"commit": self.commit, "device": self.device, "settings": self.settings}
         saved = json.loads(path.read_text()) if path.is_file() else {}
         if saved.get("stamp") != stamp:
             start = time.perf_counter()
@@ -62,13 +65,13 @@ class Recorder:
     def finish(self):
         """Write the result file and remove the pieces; returns its path."""
         provenance = {
-            "command": "python -m " + " ".join([f"tuning.experiments.{self.name}", *sys.argv[1:]]),
+            "command": "python -m " + " ".join([f"tuning.experiments.{self.module}", *sys.argv[1:]]),
             "commit": self.commit,
             "date": datetime.now(UTC).date().isoformat(),
             "device": self.device,
             "machine": machine(),
             "seconds": round(self.seconds),
-            "versions": {library: version(library) for library in LIBRARIES},
+            "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
             "settings": self.settings,
         }
         path = self.folder / f"{self.name}.json"
@@ -144,5 +147,5 @@ def code_commit():
         commit = git("log", "-1", "--format=%H", "--", *sources)
         dirty = git("status", "--porcelain", "--", *sources)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("TUNING_COMMIT")
     return commit + ("-dirty" if dirty else "") if commit else None
