@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -433,6 +434,7 @@ def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
     monkeypatch.setattr(full_tuning, "RATES", {name: rates[:1] for name, rates in full_tuning.RATES.items()})
     monkeypatch.setattr(full_tuning, "SEEDS", (0,))
     monkeypatch.setattr(full_tuning, "TRAIN", 16)
+    monkeypatch.setattr(full_tuning, "sweep", partial(full_tuning.sweep, more=0))
     arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "8", "--steps", "2", "--out", str(tmp_path)]
     full_tuning.main(arguments)
     results = record.load_results("full_tuning", tmp_path)["results"]
@@ -441,6 +443,19 @@ def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
         assert results[f"run/{name}/0"]["n"] == 8 and results[f"run/{name}/0"]["perplexity elsewhere"] > 1
     held = {name: results[f"live/{name}"]["largest"]["gradients"] for name in full_tuning.RATES}
     assert held["LOMO"] < held["AdamW"] and held["AdaLomo"] < held["AdamW"]
+
+
+@pytest.mark.parametrize(("best", "tried"), [(3e-3, 3), (3e-4, 5), (3e-2, 5), (1e3, 6)])
+def test_a_sweep_goes_on_beyond_its_edge(best, tried):
+    asked = []
+
+    def score(lr):
+        asked.append(lr)
+        return -abs(math.log(lr / best))
+
+    found = full_tuning.sweep((1e-3, 3e-3, 1e-2), score)
+    assert found == min(asked, key=lambda lr: abs(math.log(lr / best)))
+    assert len(asked) == len(set(asked)) == tried
 
 
 def test_a_training_that_breaks_down_is_noted_and_the_model_restored(tiny_gpt2):

@@ -3,8 +3,9 @@
     python -m tuning.experiments.full_tuning
 
 256 sentences, 48 steps of eight, the rate up over a tenth of the steps and then straight down. Every method has a
-sweep of rates on dev, and three seeds at the best. LOMO is there in one pass and with its norm clipped, in two; AdamW
-clips too. Beside accuracy: time, peak memory, the most gradient bytes at once, and what it cost elsewhere.
+sweep of rates on dev, longer where the best is at an edge, and three seeds at the best. LOMO is there in one pass and
+with its norm clipped, in two; AdamW clips too. Beside accuracy: time, the most bytes of each category at once, and what
+it cost elsewhere.
 """
 
 import copy
@@ -121,6 +122,18 @@ def live_bytes(name, model, tokenizer, data):
     return {"largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
 
 
+def sweep(rates, score, more=3):
+    """The rate with the highest score. With the best at an edge the sweep goes on beyond it, `more` times at most."""
+    swept = {lr: score(lr) for lr in rates}
+    for _ in range(more):
+        best, low, high = max(swept, key=swept.get), min(swept), max(swept)
+        if low < best < high:
+            break
+        lr = float(f"{low / 3 if best == low else high * 3:.0e}")
+        swept[lr] = score(lr)
+    return max(swept, key=swept.get)
+
+
 def main(arguments=None):
     options = option_parser(__doc__, STEPS).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device, torch.float32)
@@ -144,14 +157,12 @@ def main(arguments=None):
     )
     for name, rates in RATES.items():
         recorder.piece(f"live/{name}", lambda n=name: live_bytes(n, model, tokenizer, data))
-        swept = {}
-        for lr in rates:
-            piece = recorder.piece(
-                f"sweep/{name}/{lr:g}",
-                lambda n=name, lr=lr: run(n, model, tokenizer, data, lr, 0, options.steps, test=False),
-            )
-            swept[lr] = piece["dev"]
-        best = max(swept, key=swept.get)
+        best = sweep(
+            rates,
+            lambda lr, n=name: recorder.piece(
+                f"sweep/{n}/{lr:g}", lambda: run(n, model, tokenizer, data, lr, 0, options.steps, test=False)
+            )["dev"],
+        )
         for seed in SEEDS:
             recorder.piece(
                 f"run/{name}/{seed}",
