@@ -430,13 +430,14 @@ def test_the_bench_of_lomo_on_a_tiny_model(tiny_gpt2, monkeypatch):
     assert len(found) == 6 and all(value > 0 for value in found.values())
 
 
-def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
+def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_llama, monkeypatch):
     monkeypatch.setattr(full_tuning, "RATES", {name: rates[:1] for name, rates in full_tuning.RATES.items()})
     monkeypatch.setattr(full_tuning, "SEEDS", (0,))
     monkeypatch.setattr(full_tuning, "TRAIN", 16)
     monkeypatch.setattr(full_tuning, "sweep", partial(full_tuning.sweep, more=0))
-    arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "8", "--steps", "2", "--out", str(tmp_path)]
-    full_tuning.main(arguments)
+    monkeypatch.setattr(full_tuning, "WORDS", ("london", "paris"))  # which that model's vocabulary has
+    arguments = ["--limit", "8", "--steps", "2", "--out", str(tmp_path)]
+    full_tuning.main(["--model", str(tiny_llama[1]), "--device", "cpu", *arguments])
     results = record.load_results("full_tuning", tmp_path)["results"]
     assert len(results) == 1 + 3 * len(full_tuning.RATES)
     for name in full_tuning.RATES:

@@ -1,11 +1,11 @@
-"""Chapter 12's recorded run: all weights of a model tuned on movie reviews, by LOMO, AdaLomo and AdamW; and LoRA.
+"""Chapter 12's and 10's run: a model tuned on movie reviews, all its weights (AdamW, LOMO, AdaLomo) or adapters.
 
     python -m tuning.experiments.full_tuning
 
 256 sentences, 48 steps of eight, the rate up over a tenth of the steps and then straight down. Every method has a
 sweep of rates on dev, longer where the best is at an edge, and three seeds at the best. LOMO is there in one pass and
-with its norm clipped, in two; AdamW clips too. Beside accuracy: time, the most bytes of each category at once, and what
-it cost elsewhere.
+with its norm clipped, in two; AdamW clips too; LoRA beside weights in 32 bits, and beside four (QLoRA). Beside
+accuracy: time, the most bytes of each category at once, and what it cost elsewhere.
 """
 
 import copy
@@ -16,11 +16,12 @@ import torch
 
 from ..data import load_wic
 from ..lomo import AdaLomo, FusedOptimizer, Lomo
-from ..lora import add_lora, unload
+from ..lora import add_lora
 from ..memory import CATEGORIES, LiveBytes
 from ..models import load_lm
 from ..p_tuning import answer_loss, prompt_logits
 from ..prompts import answer_id, bootstrap_interval
+from ..qlora import quantize_model
 from ..training import batch_rows, optimizer_for, rate_factor, take_step
 from .four_way import perplexity
 from .learning_curve import balanced, labelled_reviews
@@ -33,6 +34,7 @@ RATES = {
     "LOMO, norm clipped": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "AdaLomo": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     "LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "QLoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
 SEEDS = (0, 1, 2)
 STEPS, BATCH, TRAIN, DEV, TEST = 48, 8, 256, 200, 400
@@ -40,7 +42,7 @@ STEPS, BATCH, TRAIN, DEV, TEST = 48, 8, 256, 200, 400
 
 def optimizer_and_step(name, model, lr, steps):
     """What the method trains with, and a function from a loss to one update."""
-    if name in ("AdamW", "LoRA"):
+    if name == "AdamW" or "LoRA" in name:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer, schedule = optimizer_for(weights, lr, steps)
         return optimizer, lambda loss: take_step(weights, optimizer, schedule, loss)
@@ -64,49 +66,44 @@ def hits(model, tokenizer, rows, words):
 
 @contextmanager
 def prepared(name, model, lr, seed, steps):
-    """The model ready for a method, as `(optimizer, step)`; afterwards it is as it was."""
-    before = None if name == "LoRA" else copy.deepcopy(model.state_dict())
+    """A copy of the model ready for a method, as `(copy, optimizer, step)`."""
     torch.manual_seed(seed)
-    model.requires_grad_(name != "LoRA")
-    if name == "LoRA":
+    model = copy.deepcopy(model).requires_grad_("LoRA" not in name)
+    if name == "QLoRA":
+        quantize_model(model)
+    if "LoRA" in name:
         add_lora(model, "all-linear", rank=8, alpha=16)
     optimizer, step = optimizer_and_step(name, model, lr, steps)
     try:
-        yield optimizer, step
+        yield model, optimizer, step
     finally:
         if isinstance(optimizer, FusedOptimizer):
             optimizer.detach()
-        if name == "LoRA":
-            unload(model)
-        else:
-            model.load_state_dict(before)
-        model.zero_grad()
-        model.requires_grad_(False).eval()
 
 
 def run(name, model, tokenizer, data, lr, seed, steps, test=True):
-    """Train one method, score it, and leave the model as it was. Gradients that are not finite end the training."""
+    """Train a copy of the model by one method and score it. Gradients that are not finite end the training."""
     words = [answer_id(tokenizer, word) for word in WORDS]
     rows, losses = balanced(data["train"], TRAIN, seed), []
     found = {"method": name, "lr": lr, "seed": seed, "stopped": None, "dev": 0.0}
-    with prepared(name, model, lr, seed, steps) as (_, step):
+    with prepared(name, model, lr, seed, steps) as (lm, _, step):
         try:
             start = time.perf_counter()
             for index in range(steps):
                 batch = [rows[row] for row in batch_rows(index, len(rows), min(BATCH, len(rows)), seed)]
-                loss = answer_loss(model, tokenizer, TEMPLATE, batch, words=words)
+                loss = answer_loss(lm, tokenizer, TEMPLATE, batch, words=words)
                 step(loss)
                 losses.append(loss.item())
             found |= {"seconds": time.perf_counter() - start, "losses": losses}
         except FloatingPointError as error:
             return found | {"stopped": str(error)}
-        found["dev"] = hits(model, tokenizer, data["dev"], words).double().mean().item()
+        found["dev"] = hits(lm, tokenizer, data["dev"], words).double().mean().item()
         if test:
-            right = hits(model, tokenizer, data["test"], words)
+            right = hits(lm, tokenizer, data["test"], words)
             low, high = bootstrap_interval(right)
             found |= {"test": right.double().mean().item(), "low": low, "high": high, "n": len(right)}
             found |= {"hits": "".join(str(int(hit)) for hit in right)}
-            found["perplexity elsewhere"] = perplexity(model, tokenizer, data["sentences"])
+            found["perplexity elsewhere"] = perplexity(lm, tokenizer, data["sentences"])
     return found
 
 
@@ -114,10 +111,10 @@ def live_bytes(name, model, tokenizer, data):
     """The most bytes of each category that are alive at once in a step (the second), and those at the peak of all."""
     words = [answer_id(tokenizer, word) for word in WORDS]
     batch = balanced(data["train"], BATCH, 0)
-    with prepared(name, model, 1e-6, 0, 10) as (optimizer, step):
-        step(answer_loss(model, tokenizer, TEMPLATE, batch, words=words))
-        with LiveBytes(model, optimizer) as live:
-            step(answer_loss(model, tokenizer, TEMPLATE, batch, words=words))
+    with prepared(name, model, 1e-6, 0, 10) as (lm, optimizer, step):
+        step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
+        with LiveBytes(lm, optimizer) as live:
+            step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
     largest = [max(column) for column in zip(*live.timeline, strict=True)]
     return {"largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
 
