@@ -444,6 +444,19 @@ def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_llama, monkeypatch):
         assert results[f"run/{name}/0"]["n"] == 8 and results[f"run/{name}/0"]["perplexity elsewhere"] > 1
     held = {name: results[f"live/{name}"]["largest"]["gradients"] for name in full_tuning.RATES}
     assert held["LOMO"] < held["AdamW"] and held["AdaLomo"] < held["AdamW"]
+    rows = full_tuning.summary(results, full_tuning.RATES, "AdamW")
+    assert rows["LoRA"]["trained"] == rows["QLoRA"]["trained"] != rows["LOMO"]["trained"]
+    assert full_tuning.gain(results, "LOMO", "LOMO") == (0, 0, 0)
+
+
+def test_a_gain_of_recorded_runs():
+    right = {"one": ("1100", "1110"), "other": ("1000", "1000")}
+    runs = {
+        f"run/{name}/{k}": {"hits": hits} for name, both in right.items() for k, hits in enumerate((*both, both[0]))
+    }
+    mean, low, high = full_tuning.gain(runs, "one", "other")
+    assert mean == pytest.approx(4 / 12) and low <= mean <= high
+    assert full_tuning.gain(runs, "other", "one")[0] == -mean
 
 
 @pytest.mark.parametrize(("best", "tried"), [(3e-3, 3), (3e-4, 5), (3e-2, 5), (1e3, 6)])

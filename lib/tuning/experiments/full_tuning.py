@@ -20,7 +20,7 @@ from ..lora import add_lora
 from ..memory import CATEGORIES, LiveBytes
 from ..models import load_lm
 from ..p_tuning import answer_loss, prompt_logits
-from ..prompts import answer_id, bootstrap_interval
+from ..prompts import answer_id, bootstrap_interval, paired_interval
 from ..qlora import quantize_model
 from ..training import batch_rows, optimizer_for, rate_factor, take_step
 from .four_way import perplexity
@@ -108,7 +108,7 @@ def run(name, model, tokenizer, data, lr, seed, steps, test=True):
 
 
 def live_bytes(name, model, tokenizer, data):
-    """The most bytes of each category that are alive at once in a step (the second), and those at the peak of all."""
+    """The most bytes of each category at once in a step, the second; those at the peak of all; what is trained."""
     words = [answer_id(tokenizer, word) for word in WORDS]
     batch = balanced(data["train"], BATCH, 0)
     with prepared(name, model, 1e-6, 0, 10) as (lm, optimizer, step):
@@ -116,7 +116,8 @@ def live_bytes(name, model, tokenizer, data):
         with LiveBytes(lm, optimizer) as live:
             step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
     largest = [max(column) for column in zip(*live.timeline, strict=True)]
-    return {"largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
+    trained = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
+    return {"trained": trained, "largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
 
 
 def sweep(rates, score, more=3):
@@ -129,6 +130,37 @@ def sweep(rates, score, more=3):
         lr = float(f"{low / 3 if best == low else high * 3:.0e}")
         swept[lr] = score(lr)
     return max(swept, key=swept.get)
+
+
+def gain(runs, one, other):
+    """How much more of the test sentences one method has right than another: the mean over seeds, and its interval."""
+    hits = [
+        [torch.tensor([int(hit) for hit in runs[f"run/{method}/{seed}"]["hits"]]).double() for seed in SEEDS]
+        for method in (one, other)
+    ]
+    gains = [a - b for a, b in zip(*hits, strict=True)]
+    return (torch.cat(gains).mean().item(), *paired_interval(gains, same_items=True))
+
+
+def summary(runs, methods, base):
+    """For each method of the recorded runs what a table shows; `base` is what the others are compared with."""
+    rows = {}
+    for method in methods:
+        three, live = [runs[f"run/{method}/{seed}"] for seed in SEEDS], runs[f"live/{method}"]
+        scores = [run["test"] for run in three]
+        elsewhere = [run["perplexity elsewhere"] / runs["untrained"]["perplexity elsewhere"] for run in three]
+        rows[method] = {
+            "rate": f"{three[0]['lr']:g}",
+            "test": f"{sum(scores) / len(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})",
+            f"over {base}": "" if method == base else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain(runs, method, base)),
+            "perplexity elsewhere": f"x {min(elsewhere):.2f} to {max(elsewhere):.2f}",
+            "trained": f"{live['trained']:,}",
+            "stored, MB": round(4 * live["trained"] / 1e6),
+            "gradients, MB": round(live["largest"]["gradients"] / 1e6),
+            "peak, MB": round(sum(live["peak"].values()) / 1e6),
+            "s a step": round(min(run["seconds"] for run in three) / len(three[0]["losses"]), 1),
+        }
+    return rows
 
 
 def main(arguments=None):
