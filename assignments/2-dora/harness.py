@@ -1,0 +1,77 @@
+"""What is called of a submission of *Magnitude and direction*, and with what."""
+
+import torch
+from torch import nn
+
+TOLERANCE = {"q1": 1e-5, "q2": 1e-4, "q3": 1e-4, "q4": 1e-4}
+
+
+def cases(question, generator):
+    """[(tensors, settings)]."""
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator)
+
+    found = []
+    for _ in range(3):
+        inside, outside, rank = draw(12, 30), draw(12, 30), draw(2, 6)
+        alpha = rank * draw(2, 5) / 2 + 0.5  # not the rank
+        if question == "q4":
+            tensors, settings = {}, {"alphas": [], "coefficients": [], "rank": draw(2, 5)}
+            for place in range(draw(2, 4)):
+                own = draw(1, 4)
+                tensors |= {f"A{place}": numbers(own, inside), f"B{place}": numbers(outside, own)}
+                settings["alphas"].append(own * draw(3, 6) / 2)
+                settings["coefficients"].append(draw(1, 20) / 10 * (-1 if place else 1))
+        else:
+            tensors = {
+                "weight": numbers(outside, inside),
+                "A": numbers(rank, inside),
+                "B": 0.1 * numbers(outside, rank),
+            }
+            tensors |= {"magnitude": numbers(outside).abs() + 0.5, "bias": numbers(outside)}
+            tensors |= {"x": numbers(draw(2, 5), 3, inside), "g": numbers(1, 3, outside)}
+            settings = {"alpha": alpha, "rank": rank}
+        found.append((tensors, settings))
+    return found
+
+
+def layer_of(functions, inputs, settings):
+    """A `DoRALinear` with the weights of the case, and its base."""
+    base = nn.Linear(inputs["weight"].shape[1], inputs["weight"].shape[0])
+    base.load_state_dict({"weight": inputs["weight"], "bias": inputs["bias"]})
+    base.requires_grad_(False)
+    return functions["DoRALinear"](base, rank=settings["rank"], alpha=settings["alpha"]), base
+
+
+def set_weights(layer, inputs):
+    with torch.no_grad():
+        for name in ("A", "B", "magnitude"):
+            getattr(layer, name).copy_(inputs[name])
+
+
+def call(question, functions, inputs, settings):
+    """Tensors that the submission's functions give."""
+    if question == "q1":
+        names = ("weight", "A", "B", "magnitude")
+        return {"weight": functions["dora_weight"](*(inputs[name] for name in names), settings["alpha"])}
+    if question == "q4":
+        adapters = [(inputs[f"A{k}"], inputs[f"B{k}"], alpha) for k, alpha in enumerate(settings["alphas"])]
+        A, B = functions["combine"](adapters, settings["coefficients"], settings["rank"])
+        return {"product": B @ A, "rank": torch.tensor([A.shape[0], B.shape[1]])}
+    layer, base = layer_of(functions, inputs, settings)
+    x = inputs["x"].requires_grad_()
+    if question == "q2":
+        found = {"start": layer(x)}
+        set_weights(layer, inputs)
+        found["y"] = layer(x)
+        (found["y"] * inputs["g"]).sum().backward()
+        found |= {f"gradient of {name}": getattr(layer, name).grad for name in ("A", "B", "magnitude")}
+        trained = sum(weight.numel() for weight in layer.parameters() if weight.requires_grad)
+        return found | {"gradient of x": x.grad, "trained": torch.tensor([trained])}
+    set_weights(layer, inputs)
+    merged = functions["merged"](layer)
+    return {"weight": merged.weight, "bias": merged.bias, "y": merged(x), "base": base.weight}

@@ -1,0 +1,104 @@
+"""What is called of a submission of *The sign is enough*, and with what."""
+
+from contextlib import suppress
+
+import torch
+from torch import nn
+
+TOLERANCE = {"q1": 1e-6, "q2": 1e-5, "q3": 1e-5, "q4": 1e-6}
+
+
+class Probe(torch.autograd.Function):
+    """Nothing in forward; in backward it looks at weights that backward has passed already."""
+
+    @staticmethod
+    def forward(ctx, x, weights, seen):
+        ctx.weights, ctx.seen = weights, seen
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(torch.stack([weight.detach().sum() for weight in ctx.weights]).sum())
+        return grad, None, None
+
+
+class Net(nn.Module):
+    """A few layers between an embedding and the same weight as output; probes between the layers."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.table = nn.Parameter(weights["table"].clone())
+        layers = [weights[name] for name in sorted(weights) if name.startswith("layer")]
+        self.layers = nn.ParameterList([nn.Parameter(weight.clone()) for weight in layers])
+        self.frozen = nn.Parameter(torch.ones(weights["table"].shape[1]), requires_grad=False)
+        self.seen = []
+
+    def forward(self, ids):
+        h = self.table[ids] * self.frozen
+        for place, weight in enumerate(self.layers):
+            h = Probe.apply(h, list(self.layers)[place:], self.seen)
+            h = torch.tanh(h @ weight.T)
+        return nn.functional.cross_entropy((h @ self.table.T).flatten(0, 1), ids.roll(-1, 1).flatten())
+
+
+def cases(question, generator):
+    """[(tensors, settings)]."""
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    def numbers(*shape):
+        return torch.randn(shape, generator=generator)
+
+    found = []
+    for number in range(3):
+        settings = {"lr": draw(1, 9) / 100, "beta": draw(5, 10) / 10 - 0.05, "weight_decay": draw(0, 3) / 10}
+        if question == "q1":
+            shape = (draw(3, 9), draw(3, 9))
+            tensors = {"weight": numbers(*shape), "grad": numbers(*shape), "momentum": 0.3 * numbers(*shape)}
+            tensors["grad"][0], tensors["momentum"][0] = 0, 0  # whose sign is zero
+        elif question == "q4":
+            sizes = [[draw(20, 90), draw(20, 90)] for _ in range(draw(3, 7))] + [[draw(20, 90)]]
+            tensors, settings = {}, {"shapes": sizes, "bytes": (2, 4, 2)[number]}
+        else:
+            width, words = draw(6, 12), draw(15, 30)
+            tensors = {"table": 0.5 * numbers(words, width)}
+            tensors |= {f"layer{k}": numbers(width, width) / width**0.5 for k in range(draw(2, 5))}
+            tensors["ids"] = torch.randint(words, (draw(2, 5), draw(4, 9)), generator=generator)
+        found.append((tensors, settings))
+    return found
+
+
+def call(question, functions, inputs, settings):
+    """Tensors that the submission's functions give."""
+    if question == "q1":
+        new, momentum = functions["sign_step"](inputs["weight"], inputs["grad"], inputs["momentum"], **settings)
+        return {"weight": new, "momentum": momentum}
+    if question == "q4":
+        rows = {m: functions["sheet"](settings["shapes"], settings["bytes"], m) for m in METHODS}
+        return {method: torch.tensor([row[name] for name in PARTS], dtype=torch.double) for method, row in rows.items()}
+    ids, net = inputs.pop("ids"), Net(inputs)
+    inputs["ids"] = ids
+    optimizer = functions["FusedSignum"](net, **settings)
+    if question == "q3":
+        with suppress(RuntimeError):
+            net(ids).backward()
+    for _ in range(3):
+        optimizer.backward(net(ids))
+    found = weights_of(net) | {"seen inside backward": torch.stack(net.seen[-len(net.layers) * 3 :])}
+    if question == "q2":
+        return found
+    optimizer.detach()
+    net(ids).backward()
+    with torch.no_grad():
+        for weight in (net.table, *net.layers):
+            weight -= 0.1 * weight.grad
+    return found | {f"{name}, afterwards": weight for name, weight in weights_of(net).items()}
+
+
+METHODS = ("AdamW", "SGD", "Signum", "fused Signum")
+PARTS = ("parameters", "gradients", "states")
+
+
+def weights_of(net):
+    return {name: weight.detach().clone() for name, weight in net.named_parameters()}
