@@ -25,6 +25,7 @@ import sandbox
 from kit import Kit
 
 TOOLS = Path(__file__).parent
+LIBRARY = TOOLS.parent / "tuning"
 SKIP = "otter_ignore"  # the tag, otter's too, of cells that only show or train
 LARGEST = 20 * sandbox.MEGABYTE  # of a notebook
 
@@ -70,31 +71,31 @@ def read_answers(data, count):
     return answers, errors
 
 
-def ask(kit, request, tensors, limits, hide):
+def ask(kit, request, tensors, limits):
     """Run a notebook and the calls for its question in the fence."""
     request = request | {"harness": (kit.folder / "harness.py").read_text()}
     environment = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     command = [sys.executable, TOOLS / "runner.py"]
-    return sandbox.run(command, runner.pack(request, tensors), limits, hide, environment)
+    return sandbox.run(command, runner.pack(request, tensors), limits, (runner.__file__, LIBRARY), environment)
 
 
-def check_fence(kit, limits, hide):
+def check_fence(kit, limits):
     """See that an empty notebook can be run, so that nobody gets zero points for a fault of this machine.
 
     Raises:
         RuntimeError: it cannot; with what it printed.
     """
-    finished = ask(kit, {"cells": [], "question": "", "cases": []}, {}, limits, hide)
+    finished = ask(kit, {"cells": [], "question": "", "cases": []}, {}, limits)
     if not finished.answer:
         raise RuntimeError(f"an empty notebook cannot be run here ({finished.stopped}): {finished.printed}")
 
 
-def grade_question(kit, question, cells, limits, hide):
+def grade_question(kit, question, cells, limits):
     """Points for one question, and what to say about it."""
     of, cases = kit.questions[question]["points"], kit.cases[question]
     tensors = {f"{number}/{name}": t for number, (inputs, _) in enumerate(cases) for name, t in inputs.items()}
     request = {"cells": cells, "question": question, "cases": [settings for _, settings in cases]}
-    finished = ask(kit, request, tensors, limits, hide)
+    finished = ask(kit, request, tensors, limits)
     answers, errors = read_answers(finished.answer, len(cases))
     right, said = 0, []
     for number, (_, settings) in enumerate(cases):
@@ -110,7 +111,7 @@ def grade_question(kit, question, cells, limits, hide):
     return {"points": round(of * right / len(cases), 2), "of": of, "said": said, "errors": errors}
 
 
-def grade(kit, path, limits, hide=()):
+def grade(kit, path, limits):
     """The result of one submission: points and remarks for each question."""
     try:
         cells, problem = code_cells(path), None
@@ -123,7 +124,7 @@ def grade(kit, path, limits, hide=()):
         elif cells is None:
             found[question] = {"points": 0, "of": about["points"], "said": [problem], "errors": []}
         else:
-            found[question] = grade_question(kit, question, cells, limits, hide)
+            found[question] = grade_question(kit, question, cells, limits)
     return found
 
 
@@ -184,13 +185,7 @@ def main(arguments=None):
     limits = sandbox.Limits(seconds=options.seconds, memory=options.megabytes * sandbox.MEGABYTE)
     for gap in sandbox.unprotected():
         print(f"not protected from a submission here: {gap}", file=sys.stderr)
-    hide = [
-        options.kit.resolve(),
-        options.submissions.resolve(),
-        options.out.resolve(),
-        TOOLS.parents[1] / "assignments",
-    ]
-    check_fence(kit, limits, hide)
+    check_fence(kit, limits)
     results, begun = {}, time.monotonic()
     for number, path in enumerate(paths, 1):
         student = path.relative_to(options.submissions).with_suffix("").as_posix()
@@ -199,7 +194,7 @@ def main(arguments=None):
         mark = hashlib.sha256(content + kit.mark.encode()).hexdigest()
         known = json.loads(kept.read_text()) if kept.is_file() else {}
         if known.get("mark") != mark:
-            known = {"mark": mark, "result": grade(kit, path, limits, hide)}
+            known = {"mark": mark, "result": grade(kit, path, limits)}
             write(kept, json.dumps(known))
         results[student] = known["result"]
         write(options.out / "reports" / f"{student}.md", report(student, kit, known["result"]))

@@ -1,8 +1,9 @@
 """Run a program that is not trusted: fenced in, limited, and heard only through a pipe.
 
-The fence is bubblewrap's (`bwrap`), where it is installed and may run: no network, no other processes in sight, hidden
-folders, and nothing to write to but a folder in memory. Control groups limit processes and memory together, where they
-can be made. Where these are missing, limits of single processes are what is left; `unprotected` says what that means.
+The fence is bubblewrap's (`bwrap`), where it is installed and may run: no network, no other processes in sight, of the
+files only the system's programs and what is shown to it, and nothing to write to but a folder in memory. Control groups
+limit processes and memory together, where they can be made. Where these are missing, limits of single processes are
+what is left; `unprotected` says what that means.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +26,7 @@ import psutil
 
 MEGABYTE = 2**20
 GROUPS = Path("/sys/fs/cgroup")
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 PRINTED = 4000  # bytes that are kept of what it prints
 
 
@@ -49,13 +52,13 @@ class Finished:
     peak: int  # bytes of memory of its largest process, as the system counted them
 
 
-def run(command, question=b"", limits=None, hide=(), environment=None):
+def run(command, question=b"", limits=None, show=(), environment=None):
     """Run `command` with `question` on its standard input; its answer is what it writes to the descriptor $ANSWER.
 
     It starts in an empty folder that is gone afterwards, as are all processes that it started.
 
     Args:
-        hide: folders that a fenced program finds empty.
+        show: files and folders that a fenced program may read, beside the system's programs and this Python.
         environment: variables it gets beside PATH, HOME and ANSWER; nothing else is handed on.
 
     Returns:
@@ -68,7 +71,7 @@ def run(command, question=b"", limits=None, hide=(), environment=None):
         (read, write), (read_printed, write_printed) = os.pipe(), os.pipe()
         variables = {"PATH": os.environ.get("PATH", os.defpath), "HOME": folder, "TMPDIR": folder, "ANSWER": str(write)}
         process = subprocess.Popen(
-            [*(_fence(folder, hide) if fenced else ()), *map(str, command)],
+            [*(_fence(folder, show) if fenced else ()), *map(str, command)],
             stdin=subprocess.PIPE,
             stdout=write_printed,
             stderr=subprocess.STDOUT,
@@ -126,10 +129,11 @@ def has_groups():
         return bool(groups)
 
 
-def _fence(folder, hide):
-    options = "bwrap --unshare-all --die-with-parent --cap-drop ALL --ro-bind / / --dev /dev --proc /proc"
-    hidden = [option for place in (*hide, folder) if Path(place).is_dir() for option in ("--tmpfs", str(place))]
-    return [*options.split(), *hidden, "--chdir", folder]
+def _fence(folder, show):
+    options = "bwrap --unshare-all --die-with-parent --cap-drop ALL --dev /dev --proc /proc"
+    shown = (*SYSTEM, sys.prefix, sys.base_prefix, *show)
+    shared = [option for place in dict.fromkeys(map(str, shown)) for option in ("--ro-bind-try", place, place)]
+    return [*options.split(), *shared, "--tmpfs", folder, "--chdir", folder]
 
 
 def _limit(limits, groups, tasks):
