@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import subprocess
@@ -25,6 +26,8 @@ from tuning.experiments import (
     record,
 )
 from tuning.models import load_lm
+from tuning.nf4 import dequantize, quantize
+from tuning.qlora import quantize_model
 
 
 def recorder(folder, total=2, **settings):
@@ -485,14 +488,27 @@ def test_a_training_that_breaks_down_is_noted_and_the_model_restored(tiny_gpt2):
 def test_what_a_model_loses_in_four_bits(tmp_path, tiny_llama):
     four_bits.main(["--model", str(tiny_llama[1]), "--limit", "6", "--device", "cpu", "--out", str(tmp_path)])
     results = record.load_results("four_bits", tmp_path)["results"]
-    assert list(results) == ["as it is", *four_bits.WAYS]
-    assert results["nf4"]["bits"] == pytest.approx(4.5)
-    assert 4.1 < results["nf4, double"]["bits"] < 4.3
+    assert list(results) == ["as it is", *(f"{way}/{shift}" for way in four_bits.WAYS for shift in four_bits.SHIFTS)]
+    assert results["nf4/0"]["bits"] == pytest.approx(4.5)
+    assert 4.1 < results["nf4, double/0.5"]["bits"] < 4.3
     for way, found in results.items():
-        ratio, low, high = found["reviews"]["over as it is"]
+        ratio, low, high = found["reviews"]["ratio"]
         assert low <= ratio <= high
         assert ratio == pytest.approx(found["reviews"]["perplexity"] / results["as it is"]["reviews"]["perplexity"])
         assert (ratio == 1) is (way == "as it is")
+    assert results["nf4/0"]["reviews"] != results["nf4/0.5"]["reviews"]
+
+
+def test_shifted_blocks(tiny_llama):
+    model, _ = tiny_llama
+    weight, twin = model.model.layers[0].mlp.up_proj.weight, quantize_model(copy.deepcopy(model), double=False)
+    plain, bits = four_bits.rounded(model, "nf4", 64, False, 0)
+    assert bits == 4.5 and torch.equal(plain.lm_head.weight, model.lm_head.weight)
+    expected = twin.model.layers[0].mlp.up_proj.dequantized(torch.float32)
+    assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, expected)
+    moved = four_bits.rounded(model, "nf4", 64, False, 16)[0].model.layers[0].mlp.up_proj.weight.flatten()
+    block = weight.detach().flatten()[16:80]
+    assert torch.equal(moved[16:80], dequantize(quantize(block)))
 
 
 def test_the_interval_of_a_ratio_of_perplexities():

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tuning.training import Classifier, batch_rows, last_token, mean_of_tokens, rate_factor, train
+from tuning.training import (
+    Classifier,
+    batch_rows,
+    checkpoint_activations,
+    last_token,
+    mean_of_tokens,
+    rate_factor,
+    train,
+)
 
 ROWS = [(torch.randn(4, generator=torch.Generator().manual_seed(i)), i % 3) for i in range(20)]
 
@@ -221,3 +229,30 @@ def test_a_text_longer_than_the_context_is_cut(bert):
     tokenizer.model_max_length = 40
     classifier = Classifier(model.bert, tokenizer, 2, mean_of_tokens).eval()
     assert classifier(["the capital " * 60]).shape == (1, 2)
+
+
+def test_checkpointing_on_and_off(tiny_llama):
+    model, _ = tiny_llama
+    ids = torch.arange(24).view(2, 12)
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    def kept():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            model(input_ids=ids, labels=ids)
+        return sum(sizes)
+
+    model.train()
+    before, all_kept = gradients(), kept()
+    checkpoint_activations(model)
+    assert kept() < 0.7 * all_kept
+    for one, other in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(one, other)
+    checkpoint_activations(model, on=False)
+    assert kept() == all_kept
+    model.requires_grad_(False)
+    assert not model.get_input_embeddings()(ids).requires_grad

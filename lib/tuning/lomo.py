@@ -55,7 +55,7 @@ class Bookkeeping(torch.optim.Optimizer):
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.scale = LossScale(loss_scale) if loss_scale else None
         self.steps, self.skipped, self.skipped_in_a_row = 0, 0, 0
-        self.use, self.seen, self.counted = None, set(), False
+        self.use, self.seen, self.counted = None, {}, False
         hook = Hook(self)
         self.hooks = [weight.register_post_accumulate_grad_hook(hook) for weight in self.names]
 
@@ -106,7 +106,7 @@ class Bookkeeping(torch.optim.Optimizer):
 
     def step(self, closure=None):
         """Raises RuntimeError: the update is in `backward`."""
-        raise RuntimeError("there is no step to take: optimizer.backward(loss) has updated the weights already")
+        raise RuntimeError("there is no step to take: call optimizer.backward(loss), which updates the weights itself")
 
     def state_dict(self):
         """As torch's, with the counters and the loss scale."""
@@ -131,7 +131,7 @@ class HookedOptimizer(Bookkeeping):
 
     def run(self, loss, use, retain_graph=False):
         """One pass in which `use(weight, grad)` is called with each gradient, in float32."""
-        self.use, self.seen = use, set()
+        self.use, self.seen = use, {}  # in the order in which they come
         try:
             scaled = loss * self.scale.value if self.scale else loss
             scaled.backward(retain_graph=retain_graph)
@@ -144,7 +144,7 @@ class HookedOptimizer(Bookkeeping):
         """The hook: weight.grad is complete."""
         grad, weight.grad = weight.grad, None
         _check_take(self, weight, grad)
-        self.seen.add(weight)
+        self.seen[weight] = True
         grad = exact(grad)
         self.use(weight, grad.div_(self.scale.value) if self.scale else grad)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .lora import AdaptedLayer
 from .nf4 import dequantize, quantize, quantize_scales
-from .training import restore_states
+from .training import checkpoint_activations, restore_states
 
 __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "prepare_for_training", "quantize_model"]
 
@@ -150,8 +150,7 @@ def prepare_for_training(model, checkpointing=True):
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight.data = weight.data.float()
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -268,3 +268,17 @@ def restore_states(optimizer, state_dict, place):
     for number, weight in zip(numbers, weights, strict=True):
         for name, value in state_dict["state"].get(number, {}).items():
             optimizer.state[weight][name] = place(weight, value) if torch.is_tensor(value) else value
+
+
+def checkpoint_activations(model, on=True):
+    """Have a transformers model keep only each layer's input for backward, by torch's newer kind, or all again.
+
+    The method that does it has had two names.
+    """
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+        with suppress(AttributeError):  # where switching it on has put no such hook
+            model.disable_input_require_grads()

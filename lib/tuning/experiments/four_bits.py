@@ -2,19 +2,21 @@
 
     python -m tuning.experiments.four_bits
 
-Perplexity on review sentences and on dictionary examples, with all linear layers but the output layer quantized to
-each type, and for NF4 over block sizes; each with an interval for its ratio to that of the model as it is, and to that
-of NF4 with double quantization. The model's file was in four bits already, so these are second roundings.
+Perplexity on review sentences and on dictionary examples, with all linear layers but the output layer rounded to each
+type and back, beside that of the model as it is. Where the blocks begin is arbitrary, and decides how each number is
+rounded: so each type is tried with its blocks shifted, as so many draws. The model's file was in four bits already,
+so these are second roundings.
 """
 
 import copy
 from functools import cache
 
 import torch
+from torch import nn
 
 from ..data import load_reviews, load_wic
 from ..models import load_lm
-from ..qlora import Linear4bit, dequantize_model, quantize_model
+from ..nf4 import dequantize, quantize, quantize_scales
 from .four_way import text_losses
 from .record import Recorder, option_parser
 
@@ -26,8 +28,21 @@ WAYS = {  # kind, block size, double quantization
     "nf4, blocks of 256": ("nf4", 256, False),
     "nf4, blocks of 1024": ("nf4", 1024, False),
 }
-BASE = "nf4, double"
-TEXTS = 1000
+SHIFTS = (0, 1 / 4, 1 / 2, 3 / 4)  # of a block
+TEXTS = {"reviews": 300, "examples": 600}
+
+
+def rounded(model, kind, block_size, double, shift):
+    """A copy with its linear layers' weights rounded in blocks that begin `shift` numbers later; and bits a number."""
+    model, bits, numbers = copy.deepcopy(model), 0.0, 0
+    output = model.get_output_embeddings()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer is not output:
+            packed = quantize(layer.weight.flatten().roll(-shift), kind, block_size)
+            packed = quantize_scales(packed) if double else packed
+            layer.weight.data = dequantize(packed).roll(shift).view_as(layer.weight)
+            bits, numbers = bits + packed.bits() * layer.weight.numel(), numbers + layer.weight.numel()
+    return model, bits / numbers
 
 
 def ratio_interval(losses, base, rounds=2000, level=0.95):
@@ -52,42 +67,32 @@ def main(arguments=None):
     options = option_parser(__doc__).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device, torch.float32)
     texts = {
-        "reviews": [row["sentence"] for row in load_reviews()["test"]][: options.limit or TEXTS],
-        "examples": [row["sentence1"] for row in load_wic()["test"]][: options.limit or TEXTS],
+        "reviews": [row["sentence"] for row in load_reviews()["test"]][: options.limit or TEXTS["reviews"]],
+        "examples": [row["sentence1"] for row in load_wic()["test"]][: options.limit or TEXTS["examples"]],
     }
     settings = {"model": options.model, "texts": {name: len(some) for name, some in texts.items()}}
-    recorder = Recorder("four_bits", options.out, model.device, 1 + len(WAYS), **settings)
-
-    def read(lm):
-        return {name: text_losses(lm, tokenizer, some) for name, some in texts.items()}
-
-    def in_four_bits(way):
-        """The model with its linear layers' numbers rounded, and bits a number of theirs, scales included."""
-        kind, block_size, double = WAYS[way]
-        lm = quantize_model(copy.deepcopy(model), kind, block_size, double)
-        layers = [layer.quantized() for layer in lm.modules() if isinstance(layer, Linear4bit)]
-        numbers = [layer.shape.numel() for layer in layers]
-        bits = sum(layer.bits() * n for layer, n in zip(layers, numbers, strict=True)) / sum(numbers)
-        return dequantize_model(lm), bits
+    recorder = Recorder("four_bits", options.out, model.device, 1 + len(WAYS) * len(SHIFTS), **settings)
 
     @cache
-    def read_in(way):
-        """Bits a number, and the losses of each text; of a base more than one piece asks."""
-        lm, bits = (model, 32.0) if way == "as it is" else in_four_bits(way)
-        return bits, read(lm)
+    def as_it_is():
+        return {name: text_losses(model, tokenizer, some) for name, some in texts.items()}
 
-    def measure(way):
-        bits, losses = read_in(way)
+    def measure(lm, bits):
         found = {"bits": bits}
-        for name, loss in losses.items():
-            total, count = loss.sum(dim=0)
-            found[name] = {"perplexity": (total / count).exp().item(), "tokens": int(count)}
-            for base in ("as it is", BASE):
-                found[name][f"over {base}"] = ratio_interval(loss, read_in(base)[1][name])
+        for name, some in texts.items():
+            losses = text_losses(lm, tokenizer, some)
+            total, count = losses.sum(dim=0)
+            ratio = ratio_interval(losses, as_it_is()[name])
+            found[name] = {"perplexity": (total / count).exp().item(), "tokens": int(count), "ratio": ratio}
         return found
 
-    for way in ("as it is", *WAYS):
-        recorder.piece(way, lambda w=way: measure(w))
+    recorder.piece("as it is", lambda: measure(model, 32.0))
+    for way, (kind, block_size, double) in WAYS.items():
+        for shift in SHIFTS:
+            recorder.piece(
+                f"{way}/{shift}",
+                lambda k=kind, b=block_size, d=double, s=shift: measure(*rounded(model, k, b, d, int(s * b))),
+            )
     recorder.finish()
 
 

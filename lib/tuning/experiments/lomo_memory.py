@@ -22,6 +22,7 @@ from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes, PeakMemory
 from ..nf4 import SCALE_BLOCK, Quantized, dynamic_map_on, pairs_on
 from ..p_tuning import PromptEncoder
 from ..qlora import Linear4bit, prepare_for_training
+from ..training import checkpoint_activations
 from .record import Recorder, option_parser
 
 BATCH, LENGTH = 8, 512
@@ -145,7 +146,7 @@ def simulate(shape, method, checkpointing, attention="sdpa", batch=BATCH, length
         model = llama(shape, attention)
         optimizer, inputs, whole = prepare(model, method)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         ids = torch.zeros(batch, length, dtype=torch.long)
         step(model, optimizer, inputs(ids))
         with LiveBytes(whole, optimizer) as live:
@@ -166,7 +167,7 @@ def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
     with torch.device(device):
         model = llama(shape)
         ids = torch.randint(0, 32_000, (batch, length), generator=torch.Generator(device).manual_seed(0))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     if method == "lomo-optim":
         import lomo_optim
 
