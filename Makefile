@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help book test lab run lint bench publish setup
+.PHONY: help book test lab run lint bench publish assignments grade setup
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /|/' | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
 
 setup: ## create .venv with the pinned environment and the default models
 	@$(PYTHON) lib/tools/bootstrap.py
@@ -33,3 +33,9 @@ bench: setup ## measure the budgets on this machine, print them and write lib/tu
 
 publish: setup ## name the repository that notebooks install from: make publish REPO=owner/name TAG=v1.0.0
 	@$(BIN)/python lib/tools/notebooks.py publish "$(REPO)" "$(TAG)"
+
+assignments: setup ## student notebooks and lecturer's kits: make assignments SEED=4711 OUT=course
+	@$(BIN)/python lib/tools/course.py --seed "$(SEED)" --out "$(OUT)"
+
+grade: setup ## grade a folder of notebooks: make grade KIT=course/2-dora/lecturer SUBMISSIONS=handed-in OUT=graded
+	@$(BIN)/python lib/tools/grade.py --kit "$(KIT)" --submissions "$(SUBMISSIONS)" --out "$(OUT)"

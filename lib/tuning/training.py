@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm.auto import tqdm
+from tqdm import tqdm  # the plain one: a widget would be an output of the cell
 
 __all__ = [
     "Classifier",

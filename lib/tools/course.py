@@ -1,6 +1,6 @@
 """`make assignments`: student notebooks and the lecturer's kits, from the masters under assignments/.
 
-    python lib/tools/assignments.py --seed 7 --out course
+    python lib/tools/course.py --seed 7 --out course
 
 For each assignment `out/NAME/student/` has the notebook and its public checks, `out/NAME/lecturer/` the solution, what
 `make grade` needs, and `gradescope.zip`. The further cases are drawn from the seed; keep it to yourself.
