@@ -88,9 +88,7 @@ def test_what_a_student_gets(folder, made):
     solved = definitions((folder / "reference.py").read_text())
     assert not {function for function in solved if given.get(function) == solved[function]}
     graded = [
-        question
-        for question, about in course.questions(folder / "assignment.ipynb").items()
-        if not about["manual"]
+        question for question, about in course.questions(folder / "assignment.ipynb").items() if not about["manual"]
     ]
     assert sorted(path.stem for path in (made / name / "student" / "tests").iterdir()) == graded
     for path in (made / name / "student").rglob("*"):

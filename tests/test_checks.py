@@ -1,0 +1,273 @@
+"""Each exercise's check passes the right answer, and names the mistake of the likeliest wrong ones."""
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tuning import checks
+from tuning.lomo import FusedOptimizer
+from tuning.nf4 import dequantize, quantize
+from tuning.training import last_token, mean_of_tokens
+
+
+def deep_inputs(mask, length, start=None, count_pads=False):
+    whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
+    positions = (torch.ones_like(whole) if count_pads else whole).cumsum(1) - 1
+    return whole, positions[:, length:] - (0 if start is None else start)
+
+
+def lm_loss(logits, ids, mask, shift=1, ignore=True):
+    labels = ids.masked_fill(mask == 0, -100) if ignore else ids
+    return F.cross_entropy(logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten())
+
+
+def share(matrix, k, power=2):
+    sizes = torch.linalg.svdvals(matrix) ** power
+    return sizes[:k].sum() / sizes.sum()
+
+
+def without_scale(A, B, scale, lr, rate=None):
+    return scale**0.5 * A, scale**0.5 * B, scale * lr if rate is None else rate
+
+
+def added(one, other, alpha=None, scaled=True):
+    A = torch.cat([one[0], other[0]])
+    B = torch.cat([(alpha_ / len(A_) if scaled else 1) * B_ for A_, B_, alpha_ in (one, other)], dim=1)
+    return A, B, len(A) if alpha is None else alpha
+
+
+def everything_labelled(batch):
+    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+
+def labelled_in_place(batch):
+    batch["labels"][:] = everything_labelled(batch)
+    return batch["labels"]
+
+
+def lopsided(x, size, steps=15, guard=True):
+    blocks = x.view(-1, size)
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    step = (high - low) / steps
+    step = torch.where(step == 0, 1, step) if guard else step
+    return (((blocks - low) / step).round() * step + low).flatten()
+
+
+def keep_outliers(weight, k, zero=True, magnitude=True):
+    size = weight.abs() if magnitude else weight
+    chosen = torch.zeros(weight.numel(), dtype=torch.bool)
+    chosen[size.flatten().topk(max(1, round(k * weight.numel()))).indices] = True
+    chosen = chosen.view_as(weight)
+    rest = weight.masked_fill(chosen, 0) if zero else weight
+    return torch.where(chosen, weight, dequantize(quantize(rest)))
+
+
+def bits(size, double, second=True):
+    return 4 + (8 / size + (32 / (256 * size) if second else 0) if double else 32 / size)
+
+
+def best_start(error, rank, power=0.5):
+    U, sizes, Vt = torch.linalg.svd(error, full_matrices=False)
+    roots = sizes[:rank] ** power
+    return roots.unsqueeze(1) * Vt[:rank], U[:, :rank] * roots
+
+
+def eight_bit_states(shapes, averages=2, scales=4, tables=2048, threshold=4096):
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    large, small = (sum(n for n in sizes if (n >= threshold) is is_large) for is_large in (True, False))
+    return averages * (large + scales * large // 256) + tables + 8 * small
+
+
+class Momentum(FusedOptimizer):
+    first = staticmethod(torch.clone)
+
+    def update(self, weight, grad, group):
+        state = self.state[weight]
+        if "average" in state:
+            state["average"].mul_(0.9).add_(grad)
+        else:
+            state["average"] = self.first(grad)
+        weight.sub_(state["average"], alpha=group["lr"])
+
+
+class Averaged(Momentum):
+    first = staticmethod(lambda grad: 0.1 * grad)
+
+
+class Forgets(Momentum):
+    def update(self, weight, grad, group):
+        weight.sub_(grad, alpha=group["lr"])
+
+
+def an_optimizer_each(model, lr, zero=True, decay=0.01):
+    def put(weight):
+        optimizer = torch.optim.AdamW([weight], lr=lr, foreach=False, weight_decay=decay)
+
+        def step(_):
+            optimizer.step()
+            if zero:
+                optimizer.zero_grad()
+
+        weight.register_post_accumulate_grad_hook(step)
+
+    for weight in model.parameters():
+        put(weight)
+
+
+def pull(vectors, start, strength):
+    return strength * (vectors - start).square().sum()
+
+
+CASES = [  # check, right answer, [(wrong answer, what the message says)]
+    (
+        "first_token",
+        lambda states, mask: states[:, 0],
+        [
+            (lambda states, mask: states[:, -1], "last place"),
+            (last_token, "expected each row's state at place 0"),
+            (mean_of_tokens, "the mean"),
+            (lambda states, mask: states[:, :1], "shape"),
+            (lambda states, mask: None, "is a return missing"),
+        ],
+    ),
+    (
+        "pull",
+        pull,
+        [
+            (lambda v, s, k: k * (v - s).square().mean(), "the mean"),
+            (lambda v, s, k: k * (v - s).norm(), "squared"),
+            (lambda v, s, k: (v - s).square().sum(), "λ is missing"),
+            (lambda v, s, k: pull(v.detach(), s, k), "no gradient"),
+            (lambda v, s, k: k * (v + s).square().sum(), "expected"),
+        ],
+    ),
+    (
+        "deep_inputs",
+        deep_inputs,
+        [
+            (lambda mask, n: deep_inputs(mask, n, start=n), "is at position 3"),
+            (lambda mask, n: deep_inputs(mask, n, count_pads=True), "pads should not count"),
+            (lambda mask, n: (mask, deep_inputs(mask, n)[1]), "the mask should have the shape"),
+        ],
+    ),
+    (
+        "lm_loss",
+        lm_loss,
+        [
+            (lambda *a: lm_loss(*a, shift=0), "shift logits"),
+            (lambda *a: lm_loss(*a, ignore=False), "pads are in the loss"),
+            (lambda *a: 2 * lm_loss(*a), "expected"),
+        ],
+    ),
+    (
+        "share",
+        share,
+        [(lambda m, k: share(m, k, power=1), "squares"), (lambda m, k: share(m, k, power=4), "the first is")],
+    ),
+    (
+        "without_scale",
+        without_scale,
+        [
+            (lambda A, B, s, lr: without_scale(A, B, s, lr, rate=lr), "the rate has to change"),
+            (lambda A, B, s, lr: without_scale(A, B, s, lr, rate=lr * s**2), "products differ"),
+            (lambda A, B, s, lr: (A, B, s * lr), "multiply both by its root"),
+        ],
+    ),
+    (
+        "added",
+        added,
+        [
+            (lambda a, b: added(a, b, alpha=a[2] + b[2]), "α must be the new rank"),
+            (lambda a, b: added(a, b, scaled=False), "each adapter has its own α/r"),
+            (lambda a, b: (a[0], a[1], a[2]), "shape"),
+        ],
+    ),
+    (
+        "everything_labelled",
+        everything_labelled,
+        [
+            (lambda batch: batch["input_ids"], "the padding is labelled"),
+            (lambda batch: batch["input_ids"].masked_fill(batch["input_ids"] == 2, -100), "not padding"),
+            (labelled_in_place, "own labels were changed"),
+            (lambda batch: batch["labels"], "expected"),
+        ],
+    ),
+    (
+        "lopsided",
+        lopsided,
+        [
+            (lambda x, b: lopsided(x, b, steps=16), "fifteen steps"),
+            (lambda x, b: lopsided(x, b, guard=False), "has no step"),
+            (lambda x, b: lopsided(x, len(x)), "of its own"),
+        ],
+    ),
+    (
+        "keep_outliers",
+        keep_outliers,
+        [
+            (lambda w, k: keep_outliers(w, k, zero=False), "stretches its block"),
+            (lambda w, k: keep_outliers(w, k, magnitude=False), "negative numbers"),
+            (lambda w, k: keep_outliers(w, 0.5), "only two"),
+        ],
+    ),
+    (
+        "bits",
+        bits,
+        [(lambda b, d: bits(b, d, second=False), "the scales' own scale"), (lambda b, d: 4 + 16 / b, "32 bits")],
+    ),
+    (
+        "best_start",
+        best_start,
+        [
+            (lambda e, r: best_start(e, r, power=0), "are missing"),
+            (lambda e, r: best_start(e, r, power=1), "twice"),
+            (lambda e, r: tuple(m.T for m in best_start(e, r)), "shape"),
+            (lambda e, r: (torch.zeros(r, e.shape[1]), torch.zeros(len(e), r)), "the best of rank"),
+        ],
+    ),
+    (
+        "eight_bit_states",
+        eight_bit_states,
+        [
+            (lambda s: eight_bit_states(s, averages=1, tables=0), "two averages"),
+            (lambda s: eight_bit_states(s, scales=0), "a scale of 4 bytes"),
+            (lambda s: eight_bit_states(s, tables=0), "two tables"),
+            (lambda s: eight_bit_states(s, threshold=0), "stay in 32 bits"),
+            (lambda s: 1, "expected"),
+        ],
+    ),
+    ("momentum", Momentum, [(Averaged, "the gradient itself"), (Forgets, "was the average a copy")]),
+    (
+        "an_optimizer_each",
+        an_optimizer_each,
+        [
+            (lambda m, lr: an_optimizer_each(m, lr, zero=False), "a gradient is left"),
+            (lambda m, lr: an_optimizer_each(m, lr, decay=0.0), "not those of one AdamW"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), CASES, ids=[name for name, *_ in CASES])
+def test_a_check(name, right, wrong, capsys):
+    check = getattr(checks, f"check_{name}")
+    check(right)
+    assert capsys.readouterr().out.strip().endswith(": right")
+    for function, said in wrong:
+        with pytest.raises(AssertionError, match=said):
+            check(function)
+
+
+def test_every_check_is_tested():
+    here = {f"check_{name}" for name, *_ in CASES}
+    there = {name for name, value in vars(checks).items() if name.startswith("check_") and inspect.isfunction(value)}
+    assert here == there
+
+
+def test_layers_are_as_they_were():
+    layer = nn.Linear(2, 2)
+    checks.check_an_optimizer_each(an_optimizer_each)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is not None
