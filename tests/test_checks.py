@@ -207,7 +207,7 @@ CASES = [  # check, right answer, [(wrong answer, what the message says)]
         "keep_outliers",
         keep_outliers,
         [
-            (lambda w, k: keep_outliers(w, k, zero=False), "stretches its block"),
+            (lambda w, k: keep_outliers(w, k, zero=False), "put zeros in their places"),
             (lambda w, k: keep_outliers(w, k, magnitude=False), "negative numbers"),
             (lambda w, k: keep_outliers(w, 0.5), "only two"),
         ],
