@@ -7,10 +7,16 @@ check_first_token(first_token)  # prints "first_token: right", or raises an Asse
 
 import copy
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def sized(full, quick):
+    """`full`; or `quick` where TUNING_QUICK is set, as in the book's tests, which see that solutions run."""
+    return quick if os.environ.get("TUNING_QUICK") else full
 
 
 def _right(name):
