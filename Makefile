@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help book test lab run lint bench publish assignments grade setup
+.PHONY: help book test lab run lint bench publish assignments grade colab setup
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,3 +39,6 @@ assignments: setup ## student notebooks and lecturer's kits: make assignments SE
 
 grade: setup ## grade a folder of notebooks: make grade KIT=course/2-dora/lecturer SUBMISSIONS=handed-in OUT=graded
 	@$(BIN)/python lib/tools/grade.py --kit "$(KIT)" --submissions "$(SUBMISSIONS)" --out "$(OUT)"
+
+colab: setup ## run chapters and assignments as Colab does: each in a clean environment, installed from the published address
+	@$(BIN)/python lib/tools/colab.py $(CHAPTER)

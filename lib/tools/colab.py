@@ -1,0 +1,171 @@
+"""`make colab`: run notebooks as Colab does, in a clean environment with PyTorch and nothing of this repository.
+
+    python lib/tools/colab.py                      # every chapter, and every assignment as a student gets it
+    python lib/tools/colab.py book/1-prompts/2-prompts-are-code.ipynb
+
+Each notebook runs from top to bottom in an empty folder and an environment of its own. The address that its setup cell
+installs from leads to a copy of this checkout. Printed are the seconds of the setup cell and of the whole, and what was
+downloaded; that PyTorch was replaced is an error.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import course
+import notebooks
+from notebooks import ROOT
+
+RUN = """
+import json, sys, time, nbformat
+from nbclient import NotebookClient
+book, share = nbformat.read("notebook.ipynb", 4), float(sys.argv[1])
+if share < 1:
+    code = [k for k, cell in enumerate(book.cells) if cell.cell_type == "code"]
+    del book.cells[code[-(-int(share * len(code)) // 1)] :]
+start, seconds = time.perf_counter(), []
+client = NotebookClient(book, timeout=1800, kernel_name="python3")
+with client.setup_kernel():
+    for k, cell in enumerate(book.cells):
+        begun = time.perf_counter()
+        client.execute_cell(cell, k)
+        if cell.cell_type == "code":
+            seconds.append(time.perf_counter() - begun)
+print(json.dumps({"setup": seconds[0], "whole": time.perf_counter() - start}))
+"""
+WHICH_SITE = "import site; print(site.getsitepackages()[0])"
+WHICH_TORCH = "import torch; print(torch.__version__, torch.__file__)"
+
+
+def tagged_copy(folder, tag):
+    """The checkout's files as a repository of their own, with `tag`."""
+    listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as checked out"], ["tag", tag]):
+        subprocess.run([*git, *arguments], cwd=folder, check=True)
+
+
+def pinned(*starts):
+    """The lines of requirements.txt that begin so."""
+    return [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith(starts)]
+
+
+def environment_with_torch(folder):
+    """A new environment that has PyTorch and what runs notebooks, as Colab's; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*install, *pinned("torch==", "ipykernel", "nbclient", "nbformat")], check=True)
+    return python
+
+
+def layered(base, folder):
+    """A new environment in which what the one of `base` (its Python) has is there already."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    site, own = (
+        subprocess.run([p, "-c", WHICH_SITE], capture_output=True, text=True, check=True).stdout.strip()
+        for p in (base, python)
+    )
+    Path(own, "base.pth").write_text(site + "\n")
+    return python
+
+
+def downloaded(log):
+    """Bytes that pip fetched or took from its cache, by its log."""
+    units = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "bytes": 1}
+    found = re.findall(r"(?:Downloading|Using cached) \S+ \(([\d.]+) (kB|MB|GB|bytes)\)", log)
+    return sum(float(number) * units[unit] for number, unit in found)
+
+
+def run(notebook, python, clone, folder, share=1.0, files=()):
+    """Run a notebook in an empty folder with this Python.
+
+    Args:
+        clone: the repository that the published address leads to.
+        share: of its code cells, from the first.
+        files: (path, bytes) of what lies beside it.
+
+    Returns:
+        A dict: seconds of the `setup` cell and of the `whole`, bytes `downloaded`.
+
+    Raises:
+        RuntimeError: a cell failed, or PyTorch is another one than before.
+    """
+    folder.mkdir(parents=True)
+    for name, content in (("notebook.ipynb", notebook.read_bytes()), *files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {
+        "PATH": f"{python.parent}{os.pathsep}{environment['PATH']}",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_LOG": str(folder.parent / f"{folder.name}.log"),
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.{clone}.insteadOf",
+        "GIT_CONFIG_VALUE_0": notebooks.published()[0],
+    }
+    before = subprocess.run([python, "-c", WHICH_TORCH], capture_output=True, text=True, check=True).stdout
+    subprocess.run([python, "-m", "ipykernel", "install", "--sys-prefix"], check=True, capture_output=True)
+    done = subprocess.run([python, "-c", RUN, str(share)], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{notebook.name} fails in a clean environment:\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    if subprocess.run([python, "-c", WHICH_TORCH], capture_output=True, text=True, check=True).stdout != before:
+        raise RuntimeError(f"{notebook.name} replaced PyTorch: {before}")
+    log = Path(environment["PIP_LOG"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found | {"downloaded": downloaded(log.read_text()) if log.is_file() else 0}
+
+
+def students_notebooks(folder):
+    """The assignments as students get them: [(notebook, files beside it)]."""
+    found = []
+    for master in course.masters():
+        course.assign(master, 0, folder / master.name)
+        student = folder / master.name / "student"
+        tests = [(f"tests/{path.name}", path.read_bytes()) for path in (student / "tests").iterdir()]
+        found.append((student / f"{master.name}.ipynb", tests))
+    return found
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "notebooks", nargs="*", type=Path, help="chapters; without any, all of them and all assignments"
+    )
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clone = folder / "clone"
+        clone.mkdir()
+        tagged_copy(clone, notebooks.published()[1])
+        chosen = [(path.resolve(), ()) for path in options.notebooks]
+        if not chosen:
+            chapters = [path for path in notebooks.notebooks() if "solutions" not in path.parts]
+            chosen = [(path, ()) for path in chapters] + students_notebooks(folder / "course")
+        base = environment_with_torch(folder / "base")
+        print(f"{'notebook':34} {'setup, s':>9} {'whole, s':>9} {'download, MB':>13}", flush=True)
+        slow = []
+        for number, (path, files) in enumerate(chosen):
+            python = layered(base, folder / f"venv{number}")
+            found = run(path, python, clone, folder / f"empty{number}", files=files)
+            slow += [path.name] if found["setup"] > 60 else []
+            numbers = f"{found['setup']:9.0f} {found['whole']:9.0f} {found['downloaded'] / 1e6:13.0f}"
+            print(f"{path.stem:34} {numbers}", flush=True)
+        if slow:
+            print(f"setup took more than 60 s: {', '.join(slow)}")
+
+
+if __name__ == "__main__":
+    main()
