@@ -49,7 +49,7 @@ def test_a_failing_notebook_is_an_error(base, clone, tmp_path):
 
 
 def test_what_pip_downloaded():
-    log = "  Downloading a-1-py3-none-any.whl (1.5 MB)\n  Using cached b.whl (20 kB)\n  Downloading c.metadata (9 bytes)\n"
+    log = "  Downloading a-1.whl (1.5 MB)\n  Using cached b.whl (20 kB)\n  Downloading c.metadata (9 bytes)\n"
     assert colab.downloaded(log) == pytest.approx(1.5e6 + 20e3 + 9)
 
 
