@@ -23,7 +23,7 @@ def lm_loss(logits, ids, mask, shift=1, ignore=True):
     return F.cross_entropy(logits[:, : logits.shape[1] - shift].flatten(0, 1), labels[:, shift:].flatten())
 
 
-def share(matrix, k, power=2):
+def share_held(matrix, k, power=2):
     sizes = torch.linalg.svdvals(matrix) ** power
     return sizes[:k].sum() / sizes.sum()
 
@@ -162,9 +162,9 @@ CASES = [  # check, right answer, [(wrong answer, what the message says)]
         ],
     ),
     (
-        "share",
-        share,
-        [(lambda m, k: share(m, k, power=1), "squares"), (lambda m, k: share(m, k, power=4), "the first is")],
+        "share_held",
+        share_held,
+        [(lambda m, k: share_held(m, k, power=1), "squares"), (lambda m, k: share_held(m, k, power=4), "the first is")],
     ),
     (
         "without_scale",

@@ -97,17 +97,17 @@ def check_lm_loss(lm_loss):
     _right("lm_loss")
 
 
-def check_share(share):
-    """Chapter 6, exercise 3: `share(matrix, k)`, of the squared length in the first k singular values."""
+def check_share_held(share_held):
+    """Chapter 6, exercise 3: `share_held(matrix, k)`, of the squared length in the first k singular values."""
     U, _ = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
     matrix = U @ torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    value = float(share(matrix, 1))
+    value = float(share_held(matrix, 1))
     assert not math.isclose(value, 0.5, rel_tol=1e-3), (
         "this adds the singular values; their squares are the squared length"
     )
     assert math.isclose(value, 9 / 14, rel_tol=1e-4), f"of 9 + 4 + 1 the first is {9 / 14:.3f}, not {value:.3f}"
-    assert math.isclose(float(share(matrix, 3)), 1, rel_tol=1e-4), "all of them hold everything"
-    _right("share")
+    assert math.isclose(float(share_held(matrix, 3)), 1, rel_tol=1e-4), "all of them hold everything"
+    _right("share_held")
 
 
 def check_without_scale(without_scale):
