@@ -63,7 +63,8 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         timeline: one tuple of bytes an operation, in the order of `CATEGORIES`.
         notes: {place in the timeline: text}.
-        peak: the tuple with the largest sum.
+        peak: bytes by category at the moment when their sum is largest.
+        largest: the most bytes of each category, each at a moment of its own.
     """
 
     def __init__(self, model, optimizer=None):
@@ -120,6 +121,10 @@ class LiveBytes(TorchDispatchMode):
             for value in state.values():
                 if torch.is_tensor(value):
                     self.count(value, "optimizer states")
+
+    @property
+    def largest(self):
+        return dict(zip(CATEGORIES, map(max, zip(*self.timeline, strict=True)), strict=True))
 
     @property
     def peak(self):

@@ -87,14 +87,19 @@ class Linear4bit(KeepsBuffers):
         return f"{self.in_features} -> {self.out_features}, {self.quantized().bits():.3f} bits"
 
 
+def linear_layers(model):
+    """{path: layer} of a model's linear layers but the output layer."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return {p: layer for p, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output}
+
+
 def quantize_model(model, kind="nf4", block_size=64, double=True):
     """Replace every linear layer but the output layer by its `Linear4bit`, in place; the model is frozen then.
 
     Raises:
         ValueError: no linear layer, or one that is quantized already, has an adapter or cannot be quantized.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = {p: layer for p, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output}
+    layers = linear_layers(model)
     if not layers:
         raise ValueError("this model has no linear layer to quantize")
     for path, layer in layers.items():

@@ -17,7 +17,7 @@ import torch
 from ..data import load_wic
 from ..lomo import AdaLomo, FusedOptimizer, Lomo
 from ..lora import add_lora
-from ..memory import CATEGORIES, LiveBytes
+from ..memory import LiveBytes
 from ..models import load_lm
 from ..p_tuning import answer_loss, prompt_logits
 from ..prompts import answer_id, bootstrap_interval, paired_interval
@@ -115,9 +115,8 @@ def live_bytes(name, model, tokenizer, data):
         step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
         with LiveBytes(lm, optimizer) as live:
             step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
-    largest = [max(column) for column in zip(*live.timeline, strict=True)]
     trained = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
-    return {"trained": trained, "largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
+    return {"trained": trained, "largest": live.largest, "peak": live.peak}
 
 
 def sweep(rates, score, more=3):
