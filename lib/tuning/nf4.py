@@ -178,7 +178,8 @@ def scales_of(quantized):
 def scale_up(numbers, scales, block_size):
     """(n,) numbers times the scale of their block, in place."""
     full = len(numbers) - len(numbers) % block_size
-    if full == len(numbers):  # in one piece, so that a compiler can join it with the look-up
+    # in one piece where it fits, so that a compiler can join it with the look-up
+    if full == len(numbers):
         return numbers.view(-1, block_size).mul_(scales.unsqueeze(1)).flatten()
     numbers[:full].view(-1, block_size).mul_(scales[: full // block_size].unsqueeze(1))
     numbers[full:].mul_(scales[-1])
