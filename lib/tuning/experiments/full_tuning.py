@@ -61,7 +61,7 @@ def optimizer_and_step(name, model, lr, steps):
 def hits(model, tokenizer, rows, words):
     """(n,) bool: which sentences get the right word."""
     logits = prompt_logits(model, tokenizer, TEMPLATE, [text for text, _ in rows])[:, words]
-    return logits.argmax(dim=1) == torch.tensor([label for _, label in rows])
+    return logits.argmax(dim=1).cpu() == torch.tensor([label for _, label in rows])
 
 
 @contextmanager
