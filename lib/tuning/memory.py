@@ -139,11 +139,11 @@ def kept_for_backward(method, hidden, inner, heads, rank=64):
 
     Activations have 16 bits, normalization computes in 32, and attention never makes its whole table. A trained linear
     layer keeps its input; a frozen one keeps nothing, but an adapter beside it keeps a copy of its own: in 32 bits, or
-    under autocast, as with QLoRA, in 16.
+    under autocast, as with QLoRA, in 16. What a layer in four bits gives back has 32, as its input.
     """
     norms = 2 * 4 * hidden
     attention = 2 * 3 * hidden + 2 * hidden + 4 * heads  # queries, keys, values; output; a sum a head
-    mlp = 3 * 2 * inner  # gate, its SiLU, up
+    mlp = 3 * (4 if method == "QLoRA" else 2) * inner  # gate, its SiLU, up
     inputs = 6 * hidden + inner, rank * 7  # of the seven linear layers, and what the adapters' first matrices give
     if method == "LoRA":
         own = 4 * sum(inputs)

@@ -18,17 +18,21 @@ __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "pr
 
 
 class FourBitProduct(torch.autograd.Function):
-    """x W^T + b with W in four bits. Forward and backward each dequantize it; neither x nor W is kept in between."""
+    """x W^T + b with W in four bits. Forward and backward each dequantize it; neither x nor W is kept in between.
+
+    Under autocast the products are in 16 bits, but what comes back has the dtype of x, as in bitsandbytes: an adapter
+    at its beginning adds less than the last place of 16 bits, and the sum would be rounded to what it was without it.
+    """
 
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.layer, dtype = layer, product_dtype(x)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x, layer.dequantized(dtype), bias)
+        ctx.layer, ctx.dtype = layer, product_dtype(x)
+        bias = None if layer.bias is None else layer.bias.to(ctx.dtype)
+        return F.linear(x.to(ctx.dtype), layer.dequantized(ctx.dtype), bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.dequantized(grad.dtype), None
+        return (grad.to(ctx.dtype) @ ctx.layer.dequantized(ctx.dtype)).to(grad.dtype), None
 
 
 def product_dtype(x):
@@ -50,7 +54,7 @@ class KeepsBuffers(nn.Linear):
 
 
 class Linear4bit(KeepsBuffers):
-    """A frozen linear layer with its weight in four bits; it computes in the dtype of its input, or autocast's.
+    """A frozen linear layer with its weight in four bits; it computes in its input's dtype, or autocast's.
 
     Args:
         quantized: the weight, (out, in), from `quantize`, with `quantize_scales` or without.
