@@ -196,8 +196,9 @@ def moments(method, shape, tokens, checkpointing, rank=64, vocabulary=32_000):
     ]
     if checkpointing:  # the last layer, made again with all inputs kept; and the first
         missing = 2 * head + 0.8 * gradients / layers if gradients and copies else 0
-        found.append((0, kept + layer, 6 * tokens * inner))
-        found.append((gradients - missing, layer, 6 * tokens * inner))
+        inside = 6 * inner * (max(tokens, hidden) if method == "QLoRA" else tokens)  # or a weight being unpacked
+        found.append((0, kept + layer, inside))
+        found.append((gradients - missing, layer, inside))
     return found
 
 

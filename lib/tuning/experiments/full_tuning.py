@@ -157,7 +157,7 @@ def summary(runs, methods, base):
             "stored, MB": round(4 * live["trained"] / 1e6),
             "gradients, MB": round(live["largest"]["gradients"] / 1e6),
             "peak, MB": round(sum(live["peak"].values()) / 1e6),
-            "s a step": round(min(run["seconds"] for run in three) / len(three[0]["losses"]), 1),
+            "ms a step": round(1000 * min(run["seconds"] for run in three) / len(three[0]["losses"])),
         }
     return rows
 
