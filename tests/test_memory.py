@@ -16,9 +16,9 @@ from tuning.memory import CATEGORIES, LLAMA, METHODS, LiveBytes, kept_for_backwa
 from tuning.qlora import prepare_for_training
 
 
-@pytest.mark.parametrize(("hidden", "inner", "layers", "heads", "rank"), [(128, 256, 2, 4, 8), (256, 512, 1, 2, 16)])
-def test_the_sheet_is_the_bytes_of_a_model(hidden, inner, layers, heads, rank):
-    model = prepare_for_training(build((hidden, inner, layers, heads), "ours", torch.device("cpu"), torch.bfloat16))
+@pytest.mark.parametrize(("hidden", "inner", "layers", "rank"), [(128, 256, 2, 8), (256, 512, 1, 16)])
+def test_the_sheet_is_the_bytes_of_a_model(hidden, inner, layers, rank):
+    model = prepare_for_training(build((hidden, inner, layers), "ours", torch.device("cpu"), torch.bfloat16))
     held = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "scale" in name)]
     sheet = qlora_sheet(hidden, inner, layers, rank)
     frozen = sum(tensor.numel() * tensor.element_size() for tensor in held)

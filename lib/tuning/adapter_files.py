@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .lora import (
-    AdaptedLayer,
+    _base,
     _check_finite,
     _check_names,
     _check_new,
@@ -79,7 +79,7 @@ def load_adapter(folder, model, name="default"):
     config, tensors, frozen, trace = _read(Path(folder))
     layers = _targets(model, config["target_modules"])
     _check_new(layers, name, config["r"], config["lora_alpha"], config["lora_dropout"])
-    bases = {path: layer.base if isinstance(layer, AdaptedLayer) else layer for path, layer in layers.items()}
+    bases = {path: _base(layer) for path, layer in layers.items()}
     expected = {}
     for path, base in bases.items():
         with torch.device("meta"):
@@ -181,7 +181,7 @@ def _trace(layers):
 
 def _numbers(layer):
     """A frozen weight; one in four bits as what its codes stand for."""
-    base = layer.base if isinstance(layer, AdaptedLayer) else layer
+    base = _base(layer)
     return base.dequantized(torch.float32) if hasattr(base, "dequantized") else base.weight.detach()
 
 

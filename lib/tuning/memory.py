@@ -63,7 +63,8 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         timeline: one tuple of bytes an operation, in the order of `CATEGORIES`.
         notes: {place in the timeline: text}.
-        peak: the tuple with the largest sum.
+        peak: bytes by category at the moment when their sum is largest.
+        largest: the most bytes of each category, each at a moment of its own.
     """
 
     def __init__(self, model, optimizer=None):
@@ -122,6 +123,10 @@ class LiveBytes(TorchDispatchMode):
                     self.count(value, "optimizer states")
 
     @property
+    def largest(self):
+        return dict(zip(CATEGORIES, map(max, zip(*self.timeline, strict=True)), strict=True))
+
+    @property
     def peak(self):
         return dict(zip(CATEGORIES, max(self.timeline, key=sum), strict=True))
 
@@ -134,11 +139,11 @@ def kept_for_backward(method, hidden, inner, heads, rank=64):
 
     Activations have 16 bits, normalization computes in 32, and attention never makes its whole table. A trained linear
     layer keeps its input; a frozen one keeps nothing, but an adapter beside it keeps a copy of its own: in 32 bits, or
-    under autocast, as with QLoRA, in 16.
+    under autocast, as with QLoRA, in 16. What a layer in four bits gives back has 32, as its input.
     """
     norms = 2 * 4 * hidden
     attention = 2 * 3 * hidden + 2 * hidden + 4 * heads  # queries, keys, values; output; a sum a head
-    mlp = 3 * 2 * inner  # gate, its SiLU, up
+    mlp = 3 * (4 if method == "QLoRA" else 2) * inner  # gate, its SiLU, up
     inputs = 6 * hidden + inner, rank * 7  # of the seven linear layers, and what the adapters' first matrices give
     if method == "LoRA":
         own = 4 * sum(inputs)
@@ -191,8 +196,9 @@ def moments(method, shape, tokens, checkpointing, rank=64, vocabulary=32_000):
     ]
     if checkpointing:  # the last layer, made again with all inputs kept; and the first
         missing = 2 * head + 0.8 * gradients / layers if gradients and copies else 0
-        found.append((0, kept + layer, 6 * tokens * inner))
-        found.append((gradients - missing, layer, 6 * tokens * inner))
+        inside = 6 * inner * (max(tokens, hidden) if method == "QLoRA" else tokens)  # or a weight being unpacked
+        found.append((0, kept + layer, inside))
+        found.append((gradients - missing, layer, inside))
     return found
 
 

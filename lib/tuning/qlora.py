@@ -18,17 +18,21 @@ __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "pr
 
 
 class FourBitProduct(torch.autograd.Function):
-    """x W^T + b with W in four bits. Forward and backward each dequantize it; neither x nor W is kept in between."""
+    """x W^T + b with W in four bits. Forward and backward each dequantize it; neither x nor W is kept in between.
+
+    Under autocast the products are in 16 bits, but what comes back has the dtype of x, as in bitsandbytes: an adapter
+    at its beginning adds less than the last place of 16 bits, and the sum would be rounded to what it was without it.
+    """
 
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.layer, dtype = layer, product_dtype(x)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        return F.linear(x, layer.dequantized(dtype), bias)
+        ctx.layer, ctx.dtype = layer, product_dtype(x)
+        bias = None if layer.bias is None else layer.bias.to(ctx.dtype)
+        return F.linear(x.to(ctx.dtype), layer.dequantized(ctx.dtype), bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.dequantized(grad.dtype), None
+        return (grad.to(ctx.dtype) @ ctx.layer.dequantized(ctx.dtype)).to(grad.dtype), None
 
 
 def product_dtype(x):
@@ -50,7 +54,7 @@ class KeepsBuffers(nn.Linear):
 
 
 class Linear4bit(KeepsBuffers):
-    """A frozen linear layer with its weight in four bits; it computes in the dtype of its input, or autocast's.
+    """A frozen linear layer with its weight in four bits; it computes in its input's dtype, or autocast's.
 
     Args:
         quantized: the weight, (out, in), from `quantize`, with `quantize_scales` or without.
@@ -87,14 +91,19 @@ class Linear4bit(KeepsBuffers):
         return f"{self.in_features} -> {self.out_features}, {self.quantized().bits():.3f} bits"
 
 
+def linear_layers(model):
+    """{path: layer} of a model's linear layers but the output layer."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return {p: layer for p, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output}
+
+
 def quantize_model(model, kind="nf4", block_size=64, double=True):
     """Replace every linear layer but the output layer by its `Linear4bit`, in place; the model is frozen then.
 
     Raises:
         ValueError: no linear layer, or one that is quantized already, has an adapter or cannot be quantized.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = {p: layer for p, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output}
+    layers = linear_layers(model)
     if not layers:
         raise ValueError("this model has no linear layer to quantize")
     for path, layer in layers.items():

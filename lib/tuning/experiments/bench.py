@@ -2,6 +2,7 @@
 
     python -m tuning.experiments.bench            # minutes
     python -m tuning.experiments.bench --bare     # also sets up and renders a bare clone
+    python -m tuning.experiments.bench --device cuda    # on a GPU, without chapters and pages: bench_cuda.json
 
 Times are wall-clock seconds on an otherwise idle machine. Each speed ratio is measured side by side: both ways
 alternate in one run, and the median of the ratios is reported.
@@ -249,7 +250,10 @@ def measure_four_bits(device, rounds=7):
             lambda: compiled(packed), theirs, device, rounds
         ),
         "QLoRA step against bitsandbytes, times": median_ratio(
-            lora_step(*four_bit_model("ours", device)), lora_step(*four_bit_model("theirs", device)), device, rounds
+            lora_step(*four_bit_model("ours", device)),
+            lora_step(*four_bit_model("theirs", device)),
+            device,
+            2 * rounds,
         ),
     }
 
@@ -360,20 +364,23 @@ def main(arguments=None):
     parser.add_argument("--bare", action="store_true", help="also time `make book` from a bare clone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args(arguments)
-    chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-    device = options.device or default_device()
-    recorder = Recorder("bench", options.out, device, 7 + len(chapters) + options.bare, machine=machine())
-    recorder.piece("load", lambda: measure_load(device))
-    recorder.piece("scoring", lambda: measure_scoring(*load_lm(device=device)))
-    recorder.piece("p_tuning", lambda: measure_p_tuning_step(*load_lm(device=device)))
-    recorder.piece("lora", lambda: measure_lora(device))
-    recorder.piece("four bits", lambda: measure_four_bits(device))
-    recorder.piece("lomo", lambda: measure_lomo(device))
-    for path in chapters:
-        recorder.piece(f"chapter/{path.stem}", lambda path=path: measure_chapter(path))
-    recorder.piece("book", measure_book)
-    if options.bare:
-        recorder.piece("bare", measure_bare)
+    device = torch.device(options.device or default_device())
+    parts = {
+        "load": lambda: measure_load(device),
+        "scoring": lambda: measure_scoring(*load_lm(device=device, dtype=torch.float32)),
+        "p_tuning": lambda: measure_p_tuning_step(*load_lm(device=device)),
+        "lora": lambda: measure_lora(device),
+        "four bits": lambda: measure_four_bits(device),
+        "lomo": lambda: measure_lomo(device),
+    }
+    if device.type == "cpu":
+        chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+        parts |= {f"chapter/{path.stem}": lambda path=path: measure_chapter(path) for path in chapters}
+        parts |= {"book": measure_book} | ({"bare": measure_bare} if options.bare else {})
+    name = "bench" if device.type == "cpu" else f"bench_{device.type}"
+    recorder = Recorder(name, options.out, device, len(parts), module="bench", machine=machine())
+    for key, measure in parts.items():
+        recorder.piece(key, measure)
     print("\n".join([f"\n{machine()}, torch {torch.__version__}", *table(recorder.pieces)]))
     recorder.finish()
 

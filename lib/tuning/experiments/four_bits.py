@@ -12,11 +12,11 @@ import copy
 from functools import cache
 
 import torch
-from torch import nn
 
 from ..data import load_reviews, load_wic
 from ..models import load_lm
 from ..nf4 import dequantize, quantize, quantize_scales
+from ..qlora import linear_layers
 from .four_way import text_losses
 from .record import Recorder, option_parser
 
@@ -35,13 +35,11 @@ TEXTS = {"reviews": 300, "examples": 600}
 def rounded(model, kind, block_size, double, shift):
     """A copy with its linear layers' weights rounded in blocks that begin `shift` numbers later; and bits a number."""
     model, bits, numbers = copy.deepcopy(model), 0.0, 0
-    output = model.get_output_embeddings()
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer is not output:
-            packed = quantize(layer.weight.flatten().roll(-shift), kind, block_size)
-            packed = quantize_scales(packed) if double else packed
-            layer.weight.data = dequantize(packed).roll(shift).view_as(layer.weight)
-            bits, numbers = bits + packed.bits() * layer.weight.numel(), numbers + layer.weight.numel()
+    for layer in linear_layers(model).values():
+        packed = quantize(layer.weight.flatten().roll(-shift), kind, block_size)
+        packed = quantize_scales(packed) if double else packed
+        layer.weight.data = dequantize(packed).roll(shift).view_as(layer.weight)
+        bits, numbers = bits + packed.bits() * layer.weight.numel(), numbers + layer.weight.numel()
     return model, bits / numbers
 
 

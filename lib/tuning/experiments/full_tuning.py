@@ -17,7 +17,7 @@ import torch
 from ..data import load_wic
 from ..lomo import AdaLomo, FusedOptimizer, Lomo
 from ..lora import add_lora
-from ..memory import CATEGORIES, LiveBytes
+from ..memory import LiveBytes
 from ..models import load_lm
 from ..p_tuning import answer_loss, prompt_logits
 from ..prompts import answer_id, bootstrap_interval, paired_interval
@@ -61,7 +61,7 @@ def optimizer_and_step(name, model, lr, steps):
 def hits(model, tokenizer, rows, words):
     """(n,) bool: which sentences get the right word."""
     logits = prompt_logits(model, tokenizer, TEMPLATE, [text for text, _ in rows])[:, words]
-    return logits.argmax(dim=1) == torch.tensor([label for _, label in rows])
+    return logits.argmax(dim=1).cpu() == torch.tensor([label for _, label in rows])
 
 
 @contextmanager
@@ -115,9 +115,8 @@ def live_bytes(name, model, tokenizer, data):
         step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
         with LiveBytes(lm, optimizer) as live:
             step(answer_loss(lm, tokenizer, TEMPLATE, batch, words=words))
-    largest = [max(column) for column in zip(*live.timeline, strict=True)]
     trained = sum(weight.numel() for weight in lm.parameters() if weight.requires_grad)
-    return {"trained": trained, "largest": dict(zip(CATEGORIES, largest, strict=True)), "peak": live.peak}
+    return {"trained": trained, "largest": live.largest, "peak": live.peak}
 
 
 def sweep(rates, score, more=3):
@@ -158,7 +157,7 @@ def summary(runs, methods, base):
             "stored, MB": round(4 * live["trained"] / 1e6),
             "gradients, MB": round(live["largest"]["gradients"] / 1e6),
             "peak, MB": round(sum(live["peak"].values()) / 1e6),
-            "s a step": round(min(run["seconds"] for run in three) / len(three[0]["losses"]), 1),
+            "ms a step": round(1000 * min(run["seconds"] for run in three) / len(three[0]["losses"])),
         }
     return rows
 

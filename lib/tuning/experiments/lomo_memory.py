@@ -18,10 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..lomo import AdaLomo, Bookkeeping, Lomo
 from ..lora import LoRA, add_lora
-from ..memory import CATEGORIES, LLAMA, METHODS, LiveBytes, PeakMemory
+from ..memory import LLAMA, METHODS, LiveBytes, PeakMemory
 from ..nf4 import SCALE_BLOCK, Quantized, dynamic_map_on, pairs_on
 from ..p_tuning import PromptEncoder
-from ..qlora import Linear4bit, prepare_for_training
+from ..qlora import Linear4bit, linear_layers, prepare_for_training
 from ..training import checkpoint_activations
 from .record import Recorder, option_parser
 
@@ -64,10 +64,10 @@ FULL = {
 SHAPES = {"1B": (2048, 5504, 16)} | LLAMA  # the first is nobody's
 
 
-def llama(shape, attention="sdpa"):
-    """A LLaMA with (hidden size, inner size, layers); heads of 128, as in all sizes from 7B to 65B."""
+def llama_config(shape, attention="sdpa"):
+    """Of a LLaMA with (hidden size, inner size, layers); heads of 128, as in all sizes from 7B to 65B."""
     hidden, inner, layers = shape
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=32_000,
         hidden_size=hidden,
         intermediate_size=inner,
@@ -76,7 +76,11 @@ def llama(shape, attention="sdpa"):
         tie_word_embeddings=False,
         attn_implementation=attention,
     )
-    return LlamaForCausalLM._from_config(config, dtype=DTYPE).train()
+
+
+def llama(shape, attention="sdpa"):
+    """A LLaMA of this shape, in 16 bits."""
+    return LlamaForCausalLM._from_config(llama_config(shape, attention), dtype=DTYPE).train()
 
 
 def prepare(model, method, rank=RANK, prompt=PROMPT):
@@ -96,9 +100,8 @@ def prepare(model, method, rank=RANK, prompt=PROMPT):
 
     else:
         if method == "QLoRA":
-            for path, layer in list(model.named_modules()):
-                if isinstance(layer, nn.Linear) and layer is not model.lm_head:
-                    model.set_submodule(path, Linear4bit(empty_codes(layer.weight)))
+            for path, layer in linear_layers(model).items():
+                model.set_submodule(path, Linear4bit(empty_codes(layer.weight)))
             prepare_for_training(model, checkpointing=False)
         add_lora(model, rank=rank, alpha=ALPHA)
         model.enable_input_require_grads()  # checkpointing asks for it
@@ -157,8 +160,7 @@ def simulate(shape, method, checkpointing, attention="sdpa", batch=BATCH, length
 def simulated(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
     """Bytes by category at the simulated peak, and the largest of each category in the step."""
     live = simulate(shape, method, checkpointing, attention, batch, length)
-    largest = [max(column) for column in zip(*live.timeline, strict=True)]
-    return {"peak": live.peak, "largest": dict(zip(CATEGORIES, largest, strict=True))}
+    return {"peak": live.peak, "largest": live.largest}
 
 
 def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):

@@ -13,40 +13,28 @@ import time
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from ..lora import add_lora
 from ..memory import LLAMA, PeakMemory
 from ..models import default_device, default_dtype
 from ..nf4 import quantize, quantize_scales
-from ..qlora import Linear4bit, PagedAdamW, prepare_for_training
+from ..qlora import Linear4bit, PagedAdamW, linear_layers, prepare_for_training
+from .lomo_memory import TOY, llama_config
 from .record import Recorder, option_parser
 
-HEADS = {"7B": 32, "13B": 40, "33B": 52, "65B": 64}
-SHAPES = {name: (*LLAMA[name], heads) for name, heads in HEADS.items()}  # hidden size, inner size, layers, heads
-TOY = {"toy": (128, 256, 2, 4)}
 RANK, ALPHA, LENGTH, STEPS = 64, 16, 512, 4
 
 
 def build(shape, whose, device, dtype):
     """A LLaMA of this shape with random weights in four bits; never whole in 16."""
-    hidden, intermediate, layers, heads = shape
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        tie_word_embeddings=False,
-    )
     with init_empty_weights():
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama_config(shape))
     four_bit = ours if whose == "ours" else theirs
     torch.manual_seed(0)
-    for path, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and layer is not model.lm_head:
-            weight = torch.randn(layer.weight.shape, device=device, dtype=dtype) * 0.02
-            model.set_submodule(path, four_bit(weight))
+    for path, layer in linear_layers(model).items():
+        weight = torch.randn(layer.weight.shape, device=device, dtype=dtype) * 0.02
+        model.set_submodule(path, four_bit(weight))
     for path, weight in list(model.named_parameters()):
         if weight.is_meta:  # norms and embeddings
             parent, _, name = path.rpartition(".")
@@ -128,7 +116,7 @@ def measure(shape, whose, device, dtype, length=LENGTH, rank=RANK, steps=STEPS):
 
 def main(arguments=None):
     parser = option_parser(__doc__, STEPS, model=None)
-    parser.add_argument("--sizes", nargs="*", default=list(SHAPES), choices=[*SHAPES, *TOY])
+    parser.add_argument("--sizes", nargs="*", default=list(LLAMA), choices=[*LLAMA, *TOY])
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of the sequence")
     options = parser.parse_args(arguments)
     if options.steps < 2:
@@ -139,7 +127,7 @@ def main(arguments=None):
     recorder = Recorder("qlora_memory", options.out, device, 2 * len(options.sizes), **settings)
     for whose in ("ours", "bitsandbytes"):  # so that ours are there, whatever becomes of the other
         for size in options.sizes:
-            shape = (SHAPES | TOY)[size]
+            shape = (LLAMA | TOY)[size]
             rank = min(RANK, shape[0] // 2)
             run_it = (shape, whose, device, dtype, options.length, rank, options.steps)
             recorder.piece(f"{size}/{whose}", lambda r=run_it: measure(*r))
