@@ -151,7 +151,7 @@ def dequantize(quantized):
     q, device = quantized, quantized.codes.device
     pairs = pairs_on(device, q.kind)
     if not torch.compiler.is_compiling():
-        pairs = pairs.view(torch.float64).flatten()  # looked up faster as one number each
+        pairs = pairs.view(torch.float64).flatten()
     numbers = pairs.index_select(0, q.codes.int()).view(torch.float32).flatten()[: q.shape.numel()]
     return scale_up(numbers, scales_of(q), q.block_size).to(q.dtype).view(q.shape)
 
