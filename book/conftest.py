@@ -3,7 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TUNING_QUICK"] = "1"  # solutions run at a small size: their code is checked, not their findings
+os.environ["TUNING_QUICK"] = "1"  # solutions run at a small size: it checks their code
 
 
 def pytest_collectstart(collector):
