@@ -42,6 +42,6 @@ def train_prefix(model, keys, values, batch, lr, steps):
     for _ in range(steps):
         loss = F.cross_entropy(prefix_logits(model, *prefix, input_ids, attention_mask), answers)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward(inputs=prefix)  # no gradients for the model's weights
         optimizer.step()
     return tuple(part.detach() for part in prefix)
