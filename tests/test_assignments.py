@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -144,6 +145,22 @@ def test_the_public_checks_pass_for_the_solution(name, made, tmp_path):
     ]
     assert len(said) == len(list((tmp_path / "tests").iterdir()))
     assert all("passed" in text and "failed" not in text for text in said), said
+
+
+def test_gradescope_gives_the_solution_everything_and_an_untouched_notebook_nothing(made, tmp_path):
+    """By otter's own grader, with the archive that is uploaded; the public checks have no points there."""
+    name = NAMES[1]
+    lecturer, student = made / name / "lecturer", made / name / "student"
+    points = [about["points"] for about in Kit(lecturer).questions.values() if not about["manual"]]
+    for notebook, earned in ((lecturer / f"{name}-solution.ipynb", sum(points)), (student / f"{name}.ipynb", 0)):
+        out = tmp_path / notebook.stem
+        out.mkdir()
+        command = [sys.executable, "-m", "otter", "run", "-a", lecturer / "gradescope.zip", "-o", out, "--no-logo"]
+        done = subprocess.run([*command, notebook], cwd=out, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        tests = json.loads((out / "results.json").read_text())["tests"]
+        scores = [(test["score"], test["max_score"]) for test in tests if test.get("max_score")]
+        assert (sum(score for score, _ in scores), sum(most for _, most in scores)) == (earned, sum(points))
 
 
 def test_another_seed_makes_other_cases(made, tmp_path):
