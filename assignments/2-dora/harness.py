@@ -16,7 +16,7 @@ def cases(question, generator):
         return torch.randn(shape, generator=generator)
 
     found = []
-    for _ in range(3):
+    for number in range(3):
         inside, outside, rank = draw(12, 30), draw(12, 30), draw(2, 6)
         alpha = rank * draw(2, 5) / 2 + 0.5  # not the rank
         if question == "q4":
@@ -32,7 +32,9 @@ def cases(question, generator):
                 "A": numbers(rank, inside),
                 "B": 0.1 * numbers(outside, rank),
             }
-            tensors |= {"magnitude": numbers(outside).abs() + 0.5, "bias": numbers(outside)}
+            tensors |= {"magnitude": numbers(outside).abs() + 0.5}
+            if number:  # the first layer has no bias
+                tensors["bias"] = numbers(outside)
             tensors |= {"x": numbers(draw(2, 5), 3, inside), "g": numbers(1, 3, outside)}
             settings = {"alpha": alpha, "rank": rank}
         found.append((tensors, settings))
@@ -41,8 +43,9 @@ def cases(question, generator):
 
 def layer_of(functions, inputs, settings):
     """A `DoRALinear` with the weights of the case, and its base."""
-    base = nn.Linear(inputs["weight"].shape[1], inputs["weight"].shape[0])
-    base.load_state_dict({"weight": inputs["weight"], "bias": inputs["bias"]})
+    given = {name: inputs[name] for name in ("weight", "bias") if name in inputs}
+    base = nn.Linear(*reversed(inputs["weight"].shape), bias="bias" in given)
+    base.load_state_dict(given)
     base.requires_grad_(False)
     return functions["DoRALinear"](base, rank=settings["rank"], alpha=settings["alpha"]), base
 
@@ -74,4 +77,7 @@ def call(question, functions, inputs, settings):
         return found | {"gradient of x": x.grad, "trained": torch.tensor([trained])}
     set_weights(layer, inputs)
     merged = functions["merged"](layer)
-    return {"weight": merged.weight, "bias": merged.bias, "y": merged(x), "base": base.weight}
+    found = {"y": merged(x)} | {name: weight.clone() for name, weight in merged.named_parameters()}
+    for weight in merged.parameters():  # the base must not notice
+        nn.init.zeros_(weight)
+    return found | {f"{name} of the base": weight.clone() for name, weight in base.named_parameters()}

@@ -30,8 +30,12 @@ OTTER_CELL = """\
 # The checks of this notebook (otter-grader).
 if find_spec("otter") is None:
     %pip install -q {otter}
+from pathlib import Path
+
 import otter
 
+if not Path("tests").is_dir():
+    raise FileNotFoundError("put the folder tests/, which came with this notebook, beside it (in Colab: upload it)")
 grader = otter.Notebook("{name}.ipynb")"""
 FURTHER = """
 
