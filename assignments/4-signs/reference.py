@@ -13,7 +13,7 @@ def sign_step(weight, grad, momentum, lr, beta, weight_decay):
 class FusedSignum:
     def __init__(self, model, lr, beta=0.9, weight_decay=0.0):
         self.settings = {"lr": lr, "beta": beta, "weight_decay": weight_decay}
-        self.momentum, self.inside = {}, False
+        self.state, self.inside = {}, False
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         self.hooks = [weight.register_post_accumulate_grad_hook(self.update) for weight in trained]
 
@@ -29,9 +29,11 @@ class FusedSignum:
         grad, weight.grad = weight.grad, None
         if not self.inside:
             raise RuntimeError("call optimizer.backward(loss), not loss.backward()")
-        before = self.momentum.get(weight, torch.zeros_like(weight))
-        new, self.momentum[weight] = sign_step(weight, grad, before, **self.settings)
-        weight.copy_(new)
+        if weight not in self.state:
+            self.state[weight] = {"average": torch.zeros_like(weight)}
+        average = self.state[weight]["average"]
+        for old, new in zip((weight, average), sign_step(weight, grad, average, **self.settings), strict=True):
+            old.copy_(new)
 
     def detach(self):
         for hook in self.hooks:
