@@ -87,6 +87,11 @@ def test_a_right_submission_gets_all_points(kit, tmp_path):
     assert "ZeroDivisionError" in result["q1"]["errors"][0]
 
 
+def test_what_stands_behind_the_last_check_is_not_run(kit, tmp_path):
+    cells = RIGHT, "grader.check('q1')", "while True:\n    pass"
+    assert points(graded(kit, submission(tmp_path, *cells))) == {"q1": 3, "q2": 2, "q3": None}
+
+
 def test_wrong_and_missing_functions(kit, tmp_path):
     half = "def raised(x, power):\n    return x**2"  # right for one of two cases
     result = graded(kit, submission(tmp_path, half))

@@ -33,6 +33,8 @@ LARGEST = 20 * sandbox.MEGABYTE  # of a notebook
 def code_cells(path):
     """[(number, source)] of the cells to run: all code but otter's own cells and those with the tag to skip.
 
+    What stands behind the last check is not run. That is for the question that a person reads, and may train.
+
     Raises:
         ValueError: it cannot be read as a notebook; the message says why.
     """
@@ -43,10 +45,11 @@ def code_cells(path):
     try:
         book = nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
         cells = [(number, cell) for number, cell in enumerate(book.cells, 1) if cell.cell_type == "code"]
+        last = max((number for number, cell in cells if "grader.check(" in cell.source), default=len(book.cells))
         return [
             (number, str(cell.source))
             for number, cell in cells
-            if SKIP not in cell.metadata.get("tags", []) and "otter.Notebook(" not in cell.source
+            if SKIP not in cell.metadata.get("tags", []) and "otter.Notebook(" not in cell.source and number <= last
         ]
     except Exception as error:
         raise ValueError(f"not a notebook: {str(error)[:200]}") from None
