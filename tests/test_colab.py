@@ -30,7 +30,7 @@ def test_the_first_third_of_a_chapter_runs_in_a_clean_environment(base, clone, t
     python = colab.layered(base, tmp_path / "venv")
     found = colab.run(CHAPTER, python, clone, tmp_path / "empty", share=1 / 3)
     assert found["downloaded"] > 50e6 and found["setup"] < found["whole"]
-    where = [python, "-c", "import tuning; print(tuning.__file__)"]
+    where = [python, "-E", "-c", "import tuning; print(tuning.__file__)"]
     assert str(tmp_path / "venv") in subprocess.run(where, cwd=tmp_path, capture_output=True, text=True).stdout
 
 

@@ -36,7 +36,7 @@ import otter
 
 if not Path("tests").is_dir():
     raise FileNotFoundError("put the folder tests/, which came with this notebook, beside it (in Colab: upload it)")
-grader = otter.Notebook("{name}.ipynb")"""
+grader = otter.Notebook()"""
 FURTHER = """
 
 @test_case(points={points}, hidden=True)
@@ -63,11 +63,11 @@ def questions(master):
     return found
 
 
-def student_notebook(book, name):
+def student_notebook(book):
     """Put the setup cell and otter's own in front of what otter made of the master."""
     first = next(k for k, cell in enumerate(book.cells) if cell.cell_type == "code")
     book.cells[first].source = setup_cell(*published())
-    cell = nbformat.v4.new_code_cell(OTTER_CELL.format(otter=OTTER, name=name))
+    cell = nbformat.v4.new_code_cell(OTTER_CELL.format(otter=OTTER))
     book.cells.insert(first + 1, cell)
     for place, cell in enumerate(book.cells):
         cell.id = f"cell-{place}"
@@ -89,10 +89,10 @@ def assign(folder, seed, out):
         student.mkdir(parents=True)
         lecturer.mkdir()
         book = nbformat.read(Path(made, "student", "assignment.ipynb"), as_version=4)
-        nbformat.write(student_notebook(book, name), student / f"{name}.ipynb")
+        nbformat.write(student_notebook(book), student / f"{name}.ipynb")
         shutil.copytree(Path(made, "student", "tests"), student / "tests")
         solution = nbformat.read(Path(made, "autograder", "assignment.ipynb"), as_version=4)
-        nbformat.write(student_notebook(solution, name), lecturer / f"{name}-solution.ipynb")
+        nbformat.write(student_notebook(solution), lecturer / f"{name}-solution.ipynb")
         for file in FILES[1:]:
             shutil.copy(folder / file, lecturer / file)
         kit = {"assignment": name, "seed": seed, "questions": questions(master)}
