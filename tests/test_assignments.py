@@ -102,6 +102,8 @@ def test_what_a_lecturer_gets(name, made):
     assert kit.seed == 11 and all(len(cases) >= 2 for cases in kit.cases.values())
     with zipfile.ZipFile(made / name / "lecturer" / "gradescope.zip") as archive:
         files = archive.namelist()
+        environment = archive.read("environment.yml").decode()
+        assert "tuning-language-models @ git+" in environment and "smollm2" not in environment
         assert {"files/kit.json", "files/harness.py", "files/reference.py", "files/kit.py", "environment.yml"} <= set(
             files
         )

