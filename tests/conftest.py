@@ -83,7 +83,7 @@ def tiny_llama(tmp_path, tiny_bert):
     config = LlamaConfig(
         vocab_size=50,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

@@ -260,3 +260,9 @@ def test_device_order(cuda, mps, expected, monkeypatch):
 def test_device_and_dtype_can_be_chosen(tiny_gpt2):
     model, _ = models.load_lm(tiny_gpt2, device="cpu", dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+
+
+def test_loading_shows_no_bar_which_would_be_an_output_of_the_cell():
+    from transformers.utils import logging
+
+    assert not logging.is_progress_bar_enabled()

@@ -15,12 +15,21 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging as transformers_logging
 
 __all__ = ["default_device", "default_dtype", "load_encoder", "load_lm"]
@@ -34,6 +43,10 @@ HUB_IDS = {
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_FORMAT = 1  # raise it when what `_convert` writes changes, so that older caches are rebuilt
+
+# A bar for a load of two seconds is noise. And where ipywidgets is installed it is one more output of a cell, so that
+# notebooks would differ from machine to machine. `enable_progress_bar` brings it back.
+transformers_logging.disable_progress_bar()
 
 
 def default_device():
@@ -115,8 +128,6 @@ def _load(auto_class, source, name, device, dtype):
 
 
 def _from_pretrained(auto_class, source, name, **options):
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # a bar for a load of two seconds is noise in a notebook
     try:
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -124,9 +135,6 @@ def _from_pretrained(auto_class, source, name, **options):
             f"cannot load model {str(name)!r}. Known here: {', '.join(map(repr, PACKAGES))}; anything else must be a "
             f"local folder or a hub id, and the hub must be reachable. transformers says: {error}"
         ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _package_folder(name, module):
@@ -183,8 +191,12 @@ def _convert(root, folder):
     loading_log = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = loading_log.level
     loading_log.setLevel(logging.ERROR)
+    plain_bar = mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", tqdm)  # a widget would be an output of the cell
     try:
-        model = _from_pretrained(AutoModelForCausalLM, package, "smollm2-135m", gguf_file=GGUF_FILE, dtype="float32")
+        with plain_bar:
+            model = _from_pretrained(
+                AutoModelForCausalLM, package, "smollm2-135m", gguf_file=GGUF_FILE, dtype="float32"
+            )
         tokenizer = _from_pretrained(AutoTokenizer, package, "smollm2-135m", gguf_file=GGUF_FILE)
     finally:
         loading_log.setLevel(level)
