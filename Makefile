@@ -17,7 +17,7 @@ book: setup ## render the book (every warning is an error) and print its address
 	@echo; echo "The book is ready: file://$(CURDIR)/_build/html/index.html"
 
 test: lint ## lint, unit tests, notebook rules, every notebook under nbval, the strict build, browser checks
-	@HF_HUB_OFFLINE=1 $(BIN)/pytest --nbval
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --nbval -n 2 --dist loadfile  # two processes of one thread beat one of two
 
 lint: setup ## ruff, notebooks too
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

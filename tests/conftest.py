@@ -1,10 +1,5 @@
 """What the tests share: a default model that is loaded once, and tiny models that are made on the spot."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TUNING_QUICK"] = "1"  # solutions run at a small size: their code is checked, not their findings
-
 import pytest
 import torch
 

@@ -109,9 +109,9 @@ def test_what_a_lecturer_gets(name, made):
         )
         for question, about in kit.questions.items():
             if not about["manual"]:
-                test = archive.read(f"tests/{question}.py").decode()
-                assert f"@test_case(points={about['points']}, hidden=True)" in test
-                assert test.count("points=0, hidden=False") == test.count("@test_case") - 1
+                test, cases = archive.read(f"tests/{question}.py").decode(), len(kit.cases[question])
+                assert test.count(f"@test_case(points={about['points'] / cases}, hidden=True)") == cases
+                assert test.count("points=0, hidden=False") == test.count("@test_case") - cases > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,6 +123,47 @@ def test_solutions_earn_everything_and_untouched_notebooks_nothing(name, made):
         if not about["manual"]:
             assert solved[question]["points"] == about["points"], solved[question]
             assert untouched[question]["points"] == 0, untouched[question]
+
+
+WRONG = [  # (assignment, question, what stands in the solution, what a student might write)
+    ("1-prefixes", "q2", "(mask.cumsum(dim=1) - 1)[:, length:]", "None"),
+    ("1-prefixes", "q3", ".logsumexp(dim=1) - torch.tensor(len(words)).log()", ".exp().mean(dim=1).log()"),
+    ("1-prefixes", "q4", "log_probs = (log_probs - share)", "log_probs[:] = (log_probs - share)"),
+    ("1-prefixes", "q5", "loss.backward(inputs=prefix)", "loss.backward()"),
+    ("1-prefixes", "q5", "part.clone().requires_grad_()", "part.requires_grad_()"),
+    ("2-dora", "q2", "base.requires_grad_(False)", "base"),
+    ("2-dora", "q2", ".norm(dim=1).detach()", ".norm(dim=1)"),
+    ("2-dora", "q4", "(upper @ lower.T, full_matrices=False)", "(upper @ lower.T)"),
+    ("3-three-bits", "q4", "scales.half().float()", "scales"),
+    ("3-three-bits", "q5", "in_blocks(weight, block_size), n", "weight.flatten().view(-1, block_size), n"),
+    (
+        "4-signs",
+        "q1",
+        "momentum = beta * momentum + (1 - beta) * grad",
+        "momentum.mul_(beta).add_(grad, alpha=1 - beta)",
+    ),
+    ("4-signs", "q2", "weight.grad, None", "weight.grad.clone(), torch.zeros_like(weight)"),
+    ("4-signs", "q3", 'raise RuntimeError("call optimizer.backward(loss), not loss.backward()")', "return"),
+]
+
+
+@pytest.mark.parametrize(("name", "question", "right", "wrong"), WRONG)
+def test_likely_mistakes_cost_points(name, question, right, wrong, made):
+    kit = Kit(made / name / "lecturer")
+    source = (made / name / "lecturer" / "reference.py").read_text()
+    assert right in source
+
+    def mistakes(source):
+        functions, found = {}, []
+        exec(source, functions)
+        for number in range(len(kit.cases[question])):
+            try:
+                found.append(kit.wrong(question, number, kit.answer(question, number, functions)))
+            except Exception as error:
+                found.append(str(error))
+        return [mistake for mistake in found if mistake]
+
+    assert not mistakes(source) and mistakes(source.replace(right, wrong))
 
 
 def run_in(folder, path):

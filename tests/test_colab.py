@@ -35,7 +35,7 @@ def test_the_first_third_of_a_chapter_runs_in_a_clean_environment(base, clone, t
 
 
 def test_an_assignment_runs_in_a_clean_environment(base, clone, tmp_path):
-    notebook, files = colab.students_notebooks(tmp_path / "course")[1]
+    notebook, files = colab.students_notebook(colab.course.masters()[1], tmp_path / "course")
     colab.run(notebook, colab.layered(base, tmp_path / "venv"), clone, tmp_path / "empty", files=files)
 
 

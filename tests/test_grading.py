@@ -27,8 +27,8 @@ import torch
 TOLERANCE = {"q1": 1e-6, "q2": 1e-6}
 
 
-def cases(question, generator):
-    return [({"x": torch.randn(n, generator=generator)}, {"power": power}) for n, power in ((3, 2), (5, 3))]
+def cases(question, draw):
+    return [({"x": draw.numbers(n)}, {"power": power}) for n, power in ((3, 2), (5, 3))]
 
 
 def call(question, functions, inputs, settings):
@@ -240,9 +240,20 @@ def test_cases_depend_on_the_seed(kit, tmp_path):
 def test_further_cases_as_on_gradescope(kit):
     names = {}
     exec(REFERENCE, names)
-    further("q1", names, kit.folder)
+    further("q1", 0, names, kit.folder)
     with pytest.raises(AssertionError, match="off by"):
-        further("q1", names | {"raised": lambda x, power: x}, kit.folder)
+        further("q1", 0, names | {"raised": lambda x, power: x}, kit.folder)
+
+
+def test_a_case_is_not_changed_by_who_answers_it(kit):
+    """In this process the reference and the submission would else share tensors, gradients included."""
+    before = kit.cases["q1"][0][0]["x"].clone()
+
+    def spoil(x, power):
+        return x.zero_()
+
+    kit.answer("q1", 0, {"raised": spoil})
+    assert torch.equal(kit.cases["q1"][0][0]["x"], before)
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 7, b"\xff" * 40, runner.pack({"case": 0}, {})[:-1]])
@@ -255,3 +266,6 @@ def test_pack_and_unpack():
     description, found, used = runner.unpack(runner.pack({"x": [1]}, tensors) + b"more")
     assert description == {"x": [1]} and used == len(runner.pack({"x": [1]}, tensors))
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    whole = torch.arange(4.0)  # what is no tensor is left out; two views of the same numbers are fine
+    _, found, _ = runner.unpack(runner.pack({}, {"one": whole, "same": whole, "none": None, "list": [1.0]}))
+    assert set(found) == {"one", "same"} and torch.equal(found["same"], whole)

@@ -1,5 +1,7 @@
 """Prompt tuning and P-tuning: against peft, against a prompt put together by hand, and on bad input."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,14 +199,15 @@ def test_the_loss_is_cross_entropy_over_the_vocabulary_or_the_words(lm):
 def test_a_batch_has_the_gradient_of_its_rows(lm):
     """Subjects of unlike length, so that there is padding, and vectors among the words."""
     model, tokenizer = lm
+    model = copy.deepcopy(model).double()  # thirty layers of float32 differ by more than a ten-thousandth
     template = "[P] [X] is[P] the [Y]." if tokenizer.mask_token is None else "[P] [Y] is[P] the [X]"
     facts = [(s, answer_id(tokenizer, a)) for s, a in [("Britain", "London"), ("South Korea", "Seoul"), ("a", "Paris")]]
-    vectors = random_vectors(model, 2).requires_grad_()
+    vectors = random_vectors(model, 2).double().requires_grad_()
     together = torch.autograd.grad(answer_loss(model, tokenizer, template, facts, vectors), vectors)[0]
     alone = sum(
         torch.autograd.grad(answer_loss(model, tokenizer, template, [fact], vectors), vectors)[0] for fact in facts
     )
-    assert (together - alone / len(facts)).norm() < 1e-4 * together.norm()
+    assert (together - alone / len(facts)).norm() < 1e-6 * together.norm()
 
 
 def test_a_learned_prompt_knows_its_facts(smollm2):

@@ -6,36 +6,33 @@ from torch import nn
 TOLERANCE = {"q1": 1e-5, "q2": 1e-4, "q3": 1e-4, "q4": 1e-4}
 
 
-def cases(question, generator):
+def cases(question, draw):
     """[(tensors, settings)]."""
-
-    def draw(low, high):
-        return int(torch.randint(low, high, (), generator=generator))
-
-    def numbers(*shape):
-        return torch.randn(shape, generator=generator)
 
     found = []
     for number in range(3):
-        inside, outside, rank = draw(12, 30), draw(12, 30), draw(2, 6)
-        alpha = rank * draw(2, 5) / 2 + 0.5  # not the rank
+        inside, outside, rank = draw.whole(12, 30), draw.whole(12, 30), draw.whole(2, 6)
+        alpha = rank * draw.whole(2, 5) / 2 + 0.5  # not the rank
         if question == "q4":
-            tensors, settings = {}, {"alphas": [], "coefficients": [], "rank": draw(2, 5)}
-            for place in range(draw(2, 4)):
-                own = draw(1, 4)
-                tensors |= {f"A{place}": numbers(own, inside), f"B{place}": numbers(outside, own)}
-                settings["alphas"].append(own * draw(3, 6) / 2)
-                settings["coefficients"].append(draw(1, 20) / 10 * (-1 if place else 1))
+            tensors, settings = {}, {"alphas": [], "coefficients": [], "rank": draw.whole(2, 5)}
+            least = 1
+            if number == 2:  # fewer outputs than the ranks together, and than the rank that is asked for
+                outside, settings["rank"], least = draw.whole(3, 6), draw.whole(6, 9), 3
+            for place in range(draw.whole(2, 4)):
+                own = draw.whole(least, 4)
+                tensors |= {f"A{place}": draw.numbers(own, inside), f"B{place}": draw.numbers(outside, own)}
+                settings["alphas"].append(own * draw.whole(3, 6) / 2)
+                settings["coefficients"].append(draw.whole(1, 20) / 10 * (-1 if place else 1))
         else:
             tensors = {
-                "weight": numbers(outside, inside),
-                "A": numbers(rank, inside),
-                "B": 0.1 * numbers(outside, rank),
+                "weight": draw.numbers(outside, inside),
+                "A": draw.numbers(rank, inside),
+                "B": 0.1 * draw.numbers(outside, rank),
             }
-            tensors |= {"magnitude": numbers(outside).abs() + 0.5}
+            tensors |= {"magnitude": draw.numbers(outside).abs() + 0.5}
             if number:  # the first layer has no bias
-                tensors["bias"] = numbers(outside)
-            tensors |= {"x": numbers(draw(2, 5), 3, inside), "g": numbers(1, 3, outside)}
+                tensors["bias"] = draw.numbers(outside)
+            tensors |= {"x": draw.numbers(draw.whole(2, 5), 3, inside), "g": draw.numbers(1, 3, outside)}
             settings = {"alpha": alpha, "rank": rank}
         found.append((tensors, settings))
     return found
@@ -46,7 +43,6 @@ def layer_of(functions, inputs, settings):
     given = {name: inputs[name] for name in ("weight", "bias") if name in inputs}
     base = nn.Linear(*reversed(inputs["weight"].shape), bias="bias" in given)
     base.load_state_dict(given)
-    base.requires_grad_(False)
     return functions["DoRALinear"](base, rank=settings["rank"], alpha=settings["alpha"]), base
 
 
@@ -66,7 +62,7 @@ def call(question, functions, inputs, settings):
         A, B = functions["combine"](adapters, settings["coefficients"], settings["rank"])
         return {"product": B @ A, "rank": torch.tensor([A.shape[0], B.shape[1]])}
     layer, base = layer_of(functions, inputs, settings)
-    x = inputs["x"].requires_grad_()
+    x = inputs["x"].clone().requires_grad_()
     if question == "q2":
         found = {"start": layer(x)}
         set_weights(layer, inputs)

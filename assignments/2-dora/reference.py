@@ -41,5 +41,5 @@ def combine(adapters, coefficients, rank):
     A = torch.cat([A for A, _, _ in adapters])
     B = torch.cat([c * alpha / len(A) * B for c, (A, B, alpha) in zip(coefficients, adapters, strict=True)], dim=1)
     (left, upper), (right, lower) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, sizes, Vt = torch.linalg.svd(upper @ lower.T)
+    U, sizes, Vt = torch.linalg.svd(upper @ lower.T, full_matrices=False)
     return Vt[:rank] @ right.T, left @ U[:, :rank] * sizes[:rank]

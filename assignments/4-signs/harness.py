@@ -1,7 +1,5 @@
 """What is called of a submission of *The sign is enough*, and with what."""
 
-from contextlib import suppress
-
 import torch
 from torch import nn
 
@@ -18,7 +16,8 @@ class Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.seen.append(torch.stack([weight.detach().sum() for weight in ctx.weights]).sum())
+        gradients = sum(weight.grad is not None for weight in ctx.weights)
+        ctx.seen.append(torch.stack([*(weight.detach().sum() for weight in ctx.weights)]).sum() + 1000 * gradients)
         return grad, None, None
 
 
@@ -41,30 +40,32 @@ class Net(nn.Module):
         return nn.functional.cross_entropy((h @ self.table.T).flatten(0, 1), ids.roll(-1, 1).flatten())
 
 
-def cases(question, generator):
+def cases(question, draw):
     """[(tensors, settings)]."""
-
-    def draw(low, high):
-        return int(torch.randint(low, high, (), generator=generator))
-
-    def numbers(*shape):
-        return torch.randn(shape, generator=generator)
 
     found = []
     for number in range(3):
-        settings = {"lr": draw(1, 9) / 100, "beta": draw(5, 10) / 10 - 0.05, "weight_decay": draw(0, 3) / 10}
+        settings = {
+            "lr": draw.whole(1, 9) / 100,
+            "beta": draw.whole(5, 10) / 10 - 0.05,
+            "weight_decay": draw.whole(0, 3) / 10,
+        }
         if question == "q1":
-            shape = (draw(3, 9), draw(3, 9))
-            tensors = {"weight": numbers(*shape), "grad": numbers(*shape), "momentum": 0.3 * numbers(*shape)}
+            shape = (draw.whole(3, 9), draw.whole(3, 9))
+            tensors = {
+                "weight": draw.numbers(*shape),
+                "grad": draw.numbers(*shape),
+                "momentum": 0.3 * draw.numbers(*shape),
+            }
             tensors["grad"][0], tensors["momentum"][0] = 0, 0  # whose sign is zero
         elif question == "q4":
-            sizes = [[draw(20, 90), draw(20, 90)] for _ in range(draw(3, 7))] + [[draw(20, 90)]]
+            sizes = [[draw.whole(20, 90), draw.whole(20, 90)] for _ in range(draw.whole(3, 7))] + [[draw.whole(20, 90)]]
             tensors, settings = {}, {"shapes": sizes, "bytes": (2, 4, 2)[number]}
         else:
-            width, words = draw(6, 12), draw(15, 30)
-            tensors = {"table": 0.5 * numbers(words, width)}
-            tensors |= {f"layer{k}": numbers(width, width) / width**0.5 for k in range(draw(2, 5))}
-            tensors["ids"] = torch.randint(words, (draw(2, 5), draw(4, 9)), generator=generator)
+            width, words = draw.whole(6, 12), draw.whole(15, 30)
+            tensors = {"table": 0.5 * draw.numbers(words, width)}
+            tensors |= {f"layer{k}": draw.numbers(width, width) / width**0.5 for k in range(draw.whole(2, 5))}
+            tensors["ids"] = torch.randint(words, (draw.whole(2, 5), draw.whole(4, 9)), generator=draw.generator)
         found.append((tensors, settings))
     return found
 
@@ -73,7 +74,8 @@ def call(question, functions, inputs, settings):
     """Tensors that the submission's functions give."""
     if question == "q1":
         new, momentum = functions["sign_step"](inputs["weight"], inputs["grad"], inputs["momentum"], **settings)
-        return {"weight": new, "momentum": momentum}
+        given = torch.stack([inputs[name] for name in ("weight", "grad", "momentum")])
+        return {"weight": new, "momentum": momentum, "what was given, afterwards": given}
     if question == "q4":
         rows = {m: functions["sheet"](settings["shapes"], settings["bytes"], m) for m in METHODS}
         return {method: torch.tensor([row[name] for name in PARTS], dtype=torch.double) for method, row in rows.items()}
@@ -82,14 +84,19 @@ def call(question, functions, inputs, settings):
     optimizer = functions["FusedSignum"](net, **settings)
     if any(kind.__module__ == "tuning.lomo" for kind in type(optimizer).__mro__):
         raise TypeError("FusedSignum is to be your own, not built on a class of tuning.lomo")
+    raised = False
     if question == "q3":
-        with suppress(RuntimeError):
+        try:
             net(ids).backward()
+        except RuntimeError:
+            raised = True
     for _ in range(3):
         optimizer.backward(net(ids))
     found = weights_of(net) | {"seen inside backward": torch.stack(net.seen[-len(net.layers) * 3 :])}
     if question == "q2":
-        return found
+        averages = {name: optimizer.state[weight]["average"] for name, weight in trained_of(net).items()}
+        return found | {f"average of {name}": average.clone() for name, average in averages.items()}
+    found["whether a bare loss.backward() raises RuntimeError"] = torch.tensor([raised])
     optimizer.detach()
     net(ids).backward()
     with torch.no_grad():
@@ -100,6 +107,10 @@ def call(question, functions, inputs, settings):
 
 METHODS = ("AdamW", "SGD", "Signum", "fused Signum")
 PARTS = ("parameters", "gradients", "states")
+
+
+def trained_of(net):
+    return {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
 
 
 def weights_of(net):

@@ -128,15 +128,11 @@ def run(notebook, python, clone, folder, share=1.0, files=()):
     return found | {"downloaded": downloaded(log.read_text()) if log.is_file() else 0}
 
 
-def students_notebooks(folder):
-    """The assignments as students get them: [(notebook, files beside it)]."""
-    found = []
-    for master in course.masters():
-        course.assign(master, 0, folder / master.name)
-        student = folder / master.name / "student"
-        tests = [(f"tests/{path.name}", path.read_bytes()) for path in (student / "tests").iterdir()]
-        found.append((student / f"{master.name}.ipynb", tests))
-    return found
+def students_notebook(master, folder):
+    """An assignment as students get it: the notebook, and (path, bytes) of what lies beside it."""
+    course.assign(master, 0, folder)
+    tests = [(f"tests/{path.name}", path.read_bytes()) for path in (folder / "student" / "tests").iterdir()]
+    return folder / "student" / f"{master.name}.ipynb", tests
 
 
 def main(arguments=None):
@@ -153,18 +149,26 @@ def main(arguments=None):
         chosen = [(path.resolve(), ()) for path in options.notebooks]
         if not chosen:
             chapters = [path for path in notebooks.notebooks() if "solutions" not in path.parts]
-            chosen = [(path, ()) for path in chapters] + students_notebooks(folder / "course")
+            chosen = [(path, ()) for path in chapters]
+            chosen += [students_notebook(master, folder / "course" / master.name) for master in course.masters()]
         base = environment_with_torch(folder / "base")
         print(f"{'notebook':34} {'setup, s':>9} {'whole, s':>9} {'download, MB':>13}", flush=True)
-        slow = []
+        slow, failed = [], []
         for number, (path, files) in enumerate(chosen):
             python = layered(base, folder / f"venv{number}")
-            found = run(path, python, clone, folder / f"empty{number}", files=files)
+            try:
+                found = run(path, python, clone, folder / f"empty{number}", files=files)
+            except RuntimeError as error:
+                print(error, flush=True)
+                failed.append(path.name)
+                continue
             slow += [path.name] if found["setup"] > 60 else []
             numbers = f"{found['setup']:9.0f} {found['whole']:9.0f} {found['downloaded'] / 1e6:13.0f}"
             print(f"{path.stem:34} {numbers}", flush=True)
         if slow:
             print(f"setup took more than 60 s: {', '.join(slow)}")
+        if failed:
+            raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

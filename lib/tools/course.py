@@ -20,7 +20,7 @@ import nbformat
 import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kit import FILES
+from kit import FILES, Kit
 from notebooks import ROOT, published, setup_cell
 
 TOOLS = Path(__file__).resolve().parent
@@ -40,10 +40,10 @@ grader = otter.Notebook()"""
 FURTHER = """
 
 @test_case(points={points}, hidden=True)
-def test_further_cases(env):
+def test_further_case_{number}(env):
     from kit import further
 
-    further("{question}", env)
+    further("{question}", {number}, env)
 """
 # Not the models: pip would bring what they depend on, too. A notebook's setup cell installs them without, as in Colab.
 REQUIREMENTS = "tuning-language-models @ git+{repository}@{tag}\n"
@@ -108,14 +108,15 @@ def gradescope(lecturer, tests, out):
     """The autograder for Gradescope, by `otter generate`: public checks without points, further cases hidden."""
     from otter.generate import main as otter_generate
 
-    kit = json.loads((lecturer / "kit.json").read_text())
+    kit, drawn = json.loads((lecturer / "kit.json").read_text()), Kit(lecturer)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("tests").mkdir()
         for file in sorted(tests.glob("*.py")):
             public = re.sub(r"points=\w+", "points=0", file.read_text()).replace(f"points = {points_of(kit, file)}", "")
-            Path("tests", file.name).write_text(
-                public + FURTHER.format(question=file.stem, points=points_of(kit, file))
-            )
+            cases = len(drawn.cases[file.stem])
+            share = points_of(kit, file) / cases
+            hidden = [FURTHER.format(question=file.stem, number=k, points=share) for k in range(cases)]
+            Path("tests", file.name).write_text(public + "".join(hidden))
         for file in FILES:
             shutil.copy(lecturer / file, file)
         shutil.copy(TOOLS / "kit.py", "kit.py")

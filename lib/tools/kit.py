@@ -4,6 +4,7 @@ A kit is a folder with `kit.json` (assignment, seed, questions), `harness.py` (w
 `reference.py` (the functions that the assignment asks for).
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -12,6 +13,21 @@ from pathlib import Path
 import torch
 
 FILES = ("kit.json", "harness.py", "reference.py")
+
+
+class Draw:
+    """What a harness draws its cases with."""
+
+    def __init__(self, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def whole(self, low, high):
+        """A whole number from `low` to `high` - 1."""
+        return int(torch.randint(low, high, (), generator=self.generator))
+
+    def numbers(self, *shape):
+        """A tensor of normal random numbers."""
+        return torch.randn(shape, generator=self.generator)
 
 
 class Kit:
@@ -26,10 +42,11 @@ class Kit:
         description = json.loads((self.folder / "kit.json").read_text())
         self.assignment, self.seed, self.questions = (description[key] for key in ("assignment", "seed", "questions"))
         self.harness, reference = (load_module(self.folder / name) for name in FILES[1:])
+        functions = vars(reference)
         graded = [question for question, about in self.questions.items() if not about["manual"]]
         self.cases = {question: self.draw(question) for question in graded}
         self.expected = {
-            question: [self.harness.call(question, vars(reference), *case) for case in cases]
+            question: [self.answer(question, number, functions) for number in range(len(cases))]
             for question, cases in self.cases.items()
         }
         content = b"".join((self.folder / name).read_bytes() for name in FILES)
@@ -38,8 +55,13 @@ class Kit:
     def draw(self, question):
         """[(tensors, settings)], the same for all students."""
         digest = hashlib.sha256(f"{self.seed} {question}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-        return self.harness.cases(question, generator)
+        return self.harness.cases(question, Draw(int.from_bytes(digest[:6], "big")))
+
+    def answer(self, question, number, functions):
+        """What these functions give for a case, of which they get copies."""
+        tensors, settings = self.cases[question][number]
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        return self.harness.call(question, functions, copies, copy.deepcopy(settings))
 
     def wrong(self, question, number, found):
         """What is wrong with the tensors that came out for a case, or None."""
@@ -62,9 +84,8 @@ def load_module(path):
     return module
 
 
-def further(question, names, folder="."):
-    """Check functions in this very process, as on Gradescope; an AssertionError says what is wrong."""
+def further(question, number, names, folder="."):
+    """Check functions on a case in this very process, as on Gradescope; an AssertionError says what is wrong."""
     kit = Kit(folder)
-    for number, case in enumerate(kit.cases[question]):
-        wrong = kit.wrong(question, number, kit.harness.call(question, names, *case))
-        assert not wrong, f"case {number + 1}, {case[1]}: {wrong}"
+    wrong = kit.wrong(question, number, kit.answer(question, number, names))
+    assert not wrong, f"case {number + 1}, {kit.cases[question][number][1]}: {wrong}"

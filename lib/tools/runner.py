@@ -11,14 +11,16 @@ import sys
 import traceback
 import types
 
+import torch
 from safetensors.torch import load, save
 
 TOO_LONG = 2000
 
 
 def pack(description, tensors):
-    """A JSON description and tensors as bytes, each part behind its length."""
-    parts = json.dumps(description).encode(), save({name: t.detach().contiguous() for name, t in tensors.items()})
+    """A JSON description and tensors as bytes, each part behind its length; what is no tensor is left out."""
+    found = {name: t.detach().clone().contiguous() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    parts = json.dumps(description).encode(), save(found)
     return b"".join(struct.pack("<Q", len(part)) + part for part in parts)
 
 
@@ -75,10 +77,11 @@ def main():
         for number, settings in enumerate(request["cases"]):
             inputs = {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith(f"{number}/")}
             try:
-                found, problem = harness.call(request["question"], names, inputs, settings), None
+                found = harness.call(request["question"], names, inputs, settings)
+                packed = pack({"case": number, "problem": None}, found)
             except Exception:
-                found, problem = {}, traceback.format_exc()[-TOO_LONG:]
-            answer.write(pack({"case": number, "problem": problem}, found))
+                packed = pack({"case": number, "problem": traceback.format_exc()[-TOO_LONG:]}, {})
+            answer.write(packed)
 
 
 if __name__ == "__main__":
