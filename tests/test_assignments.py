@@ -133,6 +133,7 @@ WRONG = [  # (assignment, question, what stands in the solution, what a student 
     ("1-prefixes", "q5", "part.clone().requires_grad_()", "part.requires_grad_()"),
     ("2-dora", "q2", "base.requires_grad_(False)", "base"),
     ("2-dora", "q2", ".norm(dim=1).detach()", ".norm(dim=1)"),
+    ("2-dora", "q3", "return plain", "return plain.requires_grad_(False)"),
     ("2-dora", "q4", "(upper @ lower.T, full_matrices=False)", "(upper @ lower.T)"),
     ("3-three-bits", "q4", "scales.half().float()", "scales"),
     ("3-three-bits", "q5", "in_blocks(weight, block_size), n", "weight.flatten().view(-1, block_size), n"),

@@ -74,6 +74,7 @@ def call(question, functions, inputs, settings):
     set_weights(layer, inputs)
     merged = functions["merged"](layer)
     found = {"y": merged(x)} | {name: weight.clone() for name, weight in merged.named_parameters()}
+    found["weights to train"] = torch.tensor([sum(weight.requires_grad for weight in merged.parameters())])
     for weight in merged.parameters():  # the base must not notice
         nn.init.zeros_(weight)
     return found | {f"{name} of the base": weight.clone() for name, weight in base.named_parameters()}
