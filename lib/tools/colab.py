@@ -1,7 +1,7 @@
 """`make colab`: run notebooks as Colab does, in a clean environment with PyTorch and nothing of this repository.
 
     python lib/tools/colab.py                      # every chapter, and every assignment as a student gets it
-    python lib/tools/colab.py book/1-prompts/2-prompts-are-code.ipynb
+    python lib/tools/colab.py book/1-prompts/2-prompts-are-code.ipynb assignments/2-dora/assignment.ipynb
 
 Each notebook runs from top to bottom in an empty folder and an environment of its own. The address that its setup cell
 installs from leads to a copy of this checkout. Printed are the seconds of the setup cell and of the whole, and what was
@@ -137,20 +137,21 @@ def students_notebook(master, folder):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "notebooks", nargs="*", type=Path, help="chapters; without any, all of them and all assignments"
-    )
+    parser.add_argument("notebooks", nargs="*", type=Path, help="chapters or assignments; without any, all of them")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clone = folder / "clone"
         clone.mkdir()
         tagged_copy(clone, notebooks.published()[1])
-        chosen = [(path.resolve(), ()) for path in options.notebooks]
-        if not chosen:
-            chapters = [path for path in notebooks.notebooks() if "solutions" not in path.parts]
-            chosen = [(path, ()) for path in chapters]
-            chosen += [students_notebook(master, folder / "course" / master.name) for master in course.masters()]
+        chapters = [path for path in notebooks.notebooks() if "solutions" not in path.parts]
+        masters = [master / "assignment.ipynb" for master in course.masters()]
+        chosen = []
+        for path in [path.resolve() for path in options.notebooks] or chapters + masters:
+            if path in masters:
+                chosen.append(students_notebook(path.parent, folder / "course" / path.parent.name))
+            else:
+                chosen.append((path, ()))
         base = environment_with_torch(folder / "base")
         print(f"{'notebook':34} {'setup, s':>9} {'whole, s':>9} {'download, MB':>13}", flush=True)
         slow, failed = [], []
