@@ -16,8 +16,9 @@ class Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        numbers = torch.stack([weight.detach().sum() for weight in ctx.weights]).sum()
         gradients = sum(weight.grad is not None for weight in ctx.weights)
-        ctx.seen.append(torch.stack([*(weight.detach().sum() for weight in ctx.weights)]).sum() + 1000 * gradients)
+        ctx.seen.append(torch.stack([numbers, torch.tensor(float(gradients))]))
         return grad, None, None
 
 
@@ -94,8 +95,8 @@ def call(question, functions, inputs, settings):
         optimizer.backward(net(ids))
     found = weights_of(net) | {"seen inside backward": torch.stack(net.seen[-len(net.layers) * 3 :])}
     if question == "q2":
-        averages = {name: optimizer.state[weight]["average"] for name, weight in trained_of(net).items()}
-        return found | {f"average of {name}": average.clone() for name, average in averages.items()}
+        trained = {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+        return found | {f"average of {name}": optimizer.state[weight]["average"] for name, weight in trained.items()}
     found["whether a bare loss.backward() raises RuntimeError"] = torch.tensor([raised])
     optimizer.detach()
     net(ids).backward()
@@ -107,10 +108,6 @@ def call(question, functions, inputs, settings):
 
 METHODS = ("AdamW", "SGD", "Signum", "fused Signum")
 PARTS = ("parameters", "gradients", "states")
-
-
-def trained_of(net):
-    return {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
 
 
 def weights_of(net):

@@ -108,14 +108,13 @@ def gradescope(lecturer, tests, out):
     """The autograder for Gradescope, by `otter generate`: public checks without points, further cases hidden."""
     from otter.generate import main as otter_generate
 
-    kit, drawn = json.loads((lecturer / "kit.json").read_text()), Kit(lecturer)
+    kit = Kit(lecturer)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("tests").mkdir()
         for file in sorted(tests.glob("*.py")):
-            public = re.sub(r"points=\w+", "points=0", file.read_text()).replace(f"points = {points_of(kit, file)}", "")
-            cases = len(drawn.cases[file.stem])
-            share = points_of(kit, file) / cases
-            hidden = [FURTHER.format(question=file.stem, number=k, points=share) for k in range(cases)]
+            points, cases = kit.questions[file.stem]["points"], len(kit.cases[file.stem])
+            public = re.sub(r"points=\w+", "points=0", file.read_text()).replace(f"points = {points}", "")
+            hidden = [FURTHER.format(question=file.stem, number=k, points=points / cases) for k in range(cases)]
             Path("tests", file.name).write_text(public + "".join(hidden))
         for file in FILES:
             shutil.copy(lecturer / file, file)
@@ -123,10 +122,6 @@ def gradescope(lecturer, tests, out):
         repository, tag = published()
         Path("requirements.txt").write_text(REQUIREMENTS.format(repository=repository, tag=tag))
         otter_generate(tests_dir="tests", output_path=str(out), files=[*FILES, "kit.py"], no_environment=True)
-
-
-def points_of(kit, file):
-    return kit["questions"][file.stem]["points"]
 
 
 def main(arguments=None):

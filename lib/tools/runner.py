@@ -19,7 +19,11 @@ TOO_LONG = 2000
 
 def pack(description, tensors):
     """A JSON description and tensors as bytes, each part behind its length; what is no tensor is left out."""
-    found = {name: t.detach().clone().contiguous() for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+    found = {
+        name: t.detach().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+        if isinstance(t, torch.Tensor)
+    }
     parts = json.dumps(description).encode(), save(found)
     return b"".join(struct.pack("<Q", len(part)) + part for part in parts)
 

@@ -191,9 +191,8 @@ def _convert(root, folder):
     loading_log = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = loading_log.level
     loading_log.setLevel(logging.ERROR)
-    plain_bar = mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", tqdm)  # a widget would be an output of the cell
     try:
-        with plain_bar:
+        with mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", tqdm):  # a widget would be an output of the cell
             model = _from_pretrained(
                 AutoModelForCausalLM, package, "smollm2-135m", gguf_file=GGUF_FILE, dtype="float32"
             )
