@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from tuning import data, records
+from tuning.evaluate import balanced, perplexity, ratio_interval
 from tuning.experiments import (
     bench,
     four_bits,
@@ -27,11 +29,12 @@ from tuning.experiments import (
 )
 from tuning.models import load_lm
 from tuning.nf4 import dequantize, quantize
+from tuning.prompts import allowed_tokens
 from tuning.qlora import quantize_model
 
 
 def recorder(folder, total=2, **settings):
-    return record.Recorder("trial", folder, "cpu", total, **settings)
+    return record.Recorder("trial", folder, "cpu", total, module="lora", **settings)
 
 
 def test_a_killed_run_repeats_nothing_finished(tmp_path):
@@ -51,10 +54,12 @@ def test_a_killed_run_repeats_nothing_finished(tmp_path):
     assert calls == ["a", "c"]
     saved = json.loads(path.read_text())
     assert saved["results"] == {"a/b": {"key": "a"}, "c": {"key": "c"}}
+    assert [list(origin["seconds"]) for origin in saved["origins"]] == [["a/b", "c"]]
+    assert set(saved["origins"][0]["place"]) == {"commit", "date", "machine", "versions"}
     assert set(saved["provenance"]) == {
         "command", "commit", "date", "device", "machine", "seconds", "settings", "versions",
     }  # fmt: skip
-    assert not (tmp_path / ".partial" / "trial").exists()
+    assert not list((tmp_path / ".partial").iterdir())
 
 
 def test_pieces_of_other_settings_are_not_taken_up(tmp_path):
@@ -62,11 +67,85 @@ def test_pieces_of_other_settings_are_not_taken_up(tmp_path):
     assert recorder(tmp_path, seed=1).piece("a", lambda: 1) == 1
 
 
-def test_a_half_written_file_is_never_left(tmp_path):
-    record.write_json(tmp_path / "x.json", {"a": 1})
-    with pytest.raises(TypeError):
-        record.write_json(tmp_path / "x.json", {"a": object()})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A small library in place of the book's: the experiment `trial` imports `one`, which imports `two`."""
+    package = tmp_path / "package"
+    (package / "experiments").mkdir(parents=True)
+    (package / "one.py").write_text("from . import two\n")
+    (package / "two.py").write_text('def f():\n    """Words."""\n    return 1\n')
+    (package / "three.py").write_text("x = 1\n")
+    (package / "experiments" / "trial.py").write_text("from ..one import f\nfrom .record import Recorder\n")
+    monkeypatch.setattr(record, "PACKAGE", package)
+    yield package
+    record.code_hash.cache_clear()
+
+
+def taken_up(folder, **options):
+    """Whether a new run takes up the piece that an earlier one left."""
+    record.code_hash.cache_clear()
+    return record.Recorder("trial", folder, "cpu", 1, save=True).piece("a", lambda: "new", **options) == "old"
+
+
+def test_a_piece_is_valid_while_the_modules_behind_it_are_unchanged(tmp_path, library, monkeypatch):
+    record.code_hash.cache_clear()
+    record.Recorder("trial", tmp_path, "cpu", 1, save=True).piece("a", lambda: "old")
+    saved = (tmp_path / "trial.part.json").read_text()
+    monkeypatch.setattr(record, "code_commit", lambda: "another commit")
+    monkeypatch.setattr(record, "machine", lambda: "another machine")
+    assert taken_up(tmp_path)
+    (library / "three.py").write_text("x = 2\n")  # nothing imports it
+    (library / "two.py").write_text('def f():  # why\n    """Other words."""\n    return 1\n')
+    assert taken_up(tmp_path)
+    (library / "two.py").write_text("def f():\n    return 2\n")
+    assert not taken_up(tmp_path)
+    (tmp_path / "trial.part.json").write_text(saved)
+    assert not taken_up(tmp_path, modules=("three",))
+
+
+def test_an_unknown_module_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no module 'lorra'"):
+        recorder(tmp_path).piece("a", lambda: 1, modules=("lorra",))
+
+
+def test_what_an_experiment_depends_on():
+    behind = record.imported(["experiments.lora"])
+    assert {"lora", "training", "prompts", "experiments.learning_curve"} <= behind.keys()
+    assert not {"lomo", "experiments.record", "experiments.four_way"} & behind.keys()
+
+
+def test_pieces_are_functions_of_plain_arguments(tmp_path):
+    assert recorder(tmp_path).piece("a", pow, 2, 5) == 32
+
+
+def test_a_long_run_goes_on_elsewhere(tmp_path, monkeypatch):
+    """Pieces kept with --save are all that a clone on another machine needs."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setattr(record, "machine", lambda: "the first")
+    recorder(here, save=True).piece("a", lambda: 1)
+    there.mkdir()
+    (there / "trial.part.json").write_bytes((here / "trial.part.json").read_bytes())
+    monkeypatch.setattr(record, "machine", lambda: "the second")
+    second = recorder(there, save=True)
+    assert second.piece("a", lambda: 2) == 1
+    second.piece("b", lambda: 3)
+    saved = json.loads(second.finish().read_text())
+    assert saved["results"] == {"a": 1, "b": 3}
+    places = [(origin["place"]["machine"], list(origin["seconds"])) for origin in saved["origins"]]
+    assert places == [("the first", ["a"]), ("the second", ["b"])]
+    assert not (there / "trial.part.json").exists()
+
+
+def test_a_run_without_save_takes_saved_pieces_up_and_leaves_them(tmp_path):
+    recorder(tmp_path, save=True).piece("a", lambda: 1)
+    second = recorder(tmp_path)
+    assert second.piece("a", lambda: 2) == 1
+    second.piece("b", lambda: 3)
+    assert list(json.loads((tmp_path / "trial.part.json").read_text())) == ["a"]
+
+
+def test_every_experiment_can_save(tmp_path):
+    assert record.option_parser("An experiment.").parse_args(["--save"]).save
 
 
 @pytest.mark.parametrize("commit", [None, "abc-dirty"])
@@ -116,8 +195,8 @@ def test_probe_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
     """The whole command, small: two relations, few rows, few candidates."""
     monkeypatch.setattr(probe, "RELATIONS", ("P17", "P1376"))
     monkeypatch.setattr(probe, "ORDERS", 2)
-    few = {relation: tuple(choices[:1] for choices in grammar) for relation, grammar in probe.PARAPHRASES.items()}
-    monkeypatch.setattr(probe, "PARAPHRASES", few)
+    few = {relation: tuple(choices[:1] for choices in grammar) for relation, grammar in data.PARAPHRASES.items()}
+    monkeypatch.setattr(data, "PARAPHRASES", few)
     monkeypatch.setattr(sys, "argv", ["probe"])
     probe.main(["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "8", "--steps", "2", "--out", str(tmp_path)])
     saved = record.load_results("probe", tmp_path)["results"]
@@ -131,7 +210,7 @@ def test_probe_runs_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
 
 
 def test_triggers_may_not_be_answers_or_names(smollm2):
-    allowed = probe.allowed_tokens(*smollm2, probe.Probe(*smollm2, "P17", 8).candidates)
+    allowed = allowed_tokens(*smollm2, probe.Probe(*smollm2, "P17", 8).candidates)
     encode = lambda text: smollm2[1](text).input_ids[0]  # noqa: E731
     assert allowed[encode(" the")] and allowed[encode(" country")]
     assert not any(allowed[encode(text)] for text in (" France", " Paris", "<|im_end|>", "\n"))
@@ -141,7 +220,7 @@ def test_paraphrases_are_distinct_templates(smollm2):
     from tuning.prompts import encode
 
     for relation in probe.RELATIONS:
-        templates = probe.paraphrases(relation)
+        templates = data.paraphrases(relation)
         assert len(set(templates)) == len(templates) >= 36
         assert all(encode(smollm2[1], template, "Osaka") for template in templates)
 
@@ -164,10 +243,10 @@ def test_learning_curve_runs_small(tmp_path, monkeypatch):
 
 def test_a_draw_is_balanced_and_depends_on_its_seed():
     rows = [(f"text {i}", i % 2) for i in range(40)]
-    drawn = learning_curve.balanced(rows, 8, 0)
+    drawn = balanced(rows, 8, 0)
     assert sum(label for _, label in drawn) == 4 and len(set(drawn)) == 8
-    assert learning_curve.balanced(rows, 8, 0) == drawn != learning_curve.balanced(rows, 8, 1)
-    assert learning_curve.balanced(rows, None, 0) == rows
+    assert balanced(rows, 8, 0) == drawn != balanced(rows, 8, 1)
+    assert balanced(rows, None, 0) == rows
 
 
 @pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 3 * (5 + 2) + 2), (p_tuning, 1 + 3 * (5 + 2) + 4)])
@@ -298,7 +377,7 @@ def test_perplexity_is_that_of_each_text_alone(gpt2):
             losses += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     expected = torch.tensor(losses / tokens).exp().item()
-    assert four_way.perplexity(model, tokenizer, texts) == pytest.approx(expected, rel=1e-4)
+    assert perplexity(model, tokenizer, texts) == pytest.approx(expected, rel=1e-4)
 
 
 def test_lora_runs_small(tmp_path, monkeypatch):
@@ -365,11 +444,11 @@ def test_lora_tasks_run_on_a_tiny_model(tmp_path, tiny_gpt2, small_four_way, mon
 def test_instruction_runs_small(tmp_path, monkeypatch):
     """The whole command on few rows, with the first words of replies only."""
     short = instruction.reply
-    told = instruction.conversation("What is 2 plus 3?", "5.")
+    told = records.conversation("What is 2 plus 3?", "5.")
     monkeypatch.setattr(
-        instruction, "reply", lambda model, tokenizer, asked, _, *rest: short(model, tokenizer, asked, 3, *rest)
+        instruction, "reply", lambda model, tokenizer, asked, _=0, *rest: short(model, tokenizer, asked, 3, *rest)
     )
-    monkeypatch.setattr(instruction, "own_replies", lambda *_: [told])
+    monkeypatch.setattr(instruction, "answered", lambda *_: [told])
     monkeypatch.setattr(instruction, "RATES", {name: rates[2:3] for name, rates in instruction.RATES.items()})
     monkeypatch.setattr(instruction, "SEEDS", (0,))
     monkeypatch.setattr(instruction, "GENERAL", ("What is the opposite of hot?", "What is 2 plus 3?"))
@@ -390,22 +469,22 @@ def test_instruction_runs_small(tmp_path, monkeypatch):
 
 def test_records_are_read_strictly():
     record_ = {"place": "Osaka", "country": "Japan", "continent": "Asia"}
-    assert instruction.read_record(instruction.to_json(record_)) == record_
-    for wrong in ("", "Osaka", '{"place": "Osaka"}', '["place"]', instruction.to_json(record_) + " It is large."):
-        assert instruction.read_record(wrong) is None
-    assert instruction.read_record('{"place": "Osaka", "country": "Japan", "continent": 3}') is None
-    assert instruction.read_record('{"country": "Japan", "place": "Osaka", "continent": "Asia"}') is None  # other order
+    assert records.read_record(records.to_json(record_)) == record_
+    for wrong in ("", "Osaka", '{"place": "Osaka"}', '["place"]', records.to_json(record_) + " It is large."):
+        assert records.read_record(wrong) is None
+    assert records.read_record('{"place": "Osaka", "country": "Japan", "continent": 3}') is None
+    assert records.read_record('{"country": "Japan", "place": "Osaka", "continent": "Asia"}') is None  # other order
 
 
 def test_nothing_tested_is_trained_on():
-    records = instruction.place_records()
-    places = {split: {row["place"] for row in rows} for split, rows in records.items()}
+    cities = records.place_records()
+    places = {split: {row["place"] for row in rows} for split, rows in cities.items()}
     assert not places["train"] & places["test"] and len(places["test"]) > 500
-    assert not set(instruction.WORDINGS) & set(instruction.UNSEEN)
-    assert not set(instruction.GENERAL) & {*instruction.UNRELATED, *instruction.SHOWN}
-    asked = instruction.ask_for(records["test"][:50], instruction.UNSEEN, 0)
+    assert not set(records.WORDINGS) & set(records.UNSEEN)
+    assert not set(records.GENERAL) & {*records.UNRELATED, *records.SHOWN}
+    asked = records.ask_for(cities["test"][:50], records.UNSEEN, 0)
     assert all(record_["place"] in question for question, record_ in asked)
-    assert len({question.replace(record_["place"], "{}") for question, record_ in asked}) == len(instruction.UNSEEN)
+    assert len({question.replace(record_["place"], "{}") for question, record_ in asked}) == len(records.UNSEEN)
 
 
 def test_the_bench_of_adapters_on_a_tiny_model(tiny_gpt2, monkeypatch):
@@ -447,9 +526,9 @@ def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_llama, monkeypatch):
         assert results[f"run/{name}/0"]["n"] == 8 and results[f"run/{name}/0"]["perplexity elsewhere"] > 1
     held = {name: results[f"live/{name}"]["largest"]["gradients"] for name in full_tuning.RATES}
     assert held["LOMO"] < held["AdamW"] and held["AdaLomo"] < held["AdamW"]
-    rows = full_tuning.summary(results, full_tuning.RATES, "AdamW")
+    rows = record.method_rows(results, full_tuning.RATES, "AdamW")
     assert rows["LoRA"]["trained"] == rows["QLoRA"]["trained"] != rows["LOMO"]["trained"]
-    assert full_tuning.gain(results, "LOMO", "LOMO") == (0, 0, 0)
+    assert record.gain(results, "LOMO", "LOMO") == (0, 0, 0)
 
 
 def test_a_gain_of_recorded_runs():
@@ -457,9 +536,9 @@ def test_a_gain_of_recorded_runs():
     runs = {
         f"run/{name}/{k}": {"hits": hits} for name, both in right.items() for k, hits in enumerate((*both, both[0]))
     }
-    mean, low, high = full_tuning.gain(runs, "one", "other")
+    mean, low, high = record.gain(runs, "one", "other")
     assert mean == pytest.approx(4 / 12) and low <= mean <= high
-    assert full_tuning.gain(runs, "other", "one")[0] == -mean
+    assert record.gain(runs, "other", "one")[0] == -mean
 
 
 @pytest.mark.parametrize(("best", "tried"), [(3e-3, 3), (3e-4, 5), (3e-2, 5), (1e3, 6)])
@@ -517,9 +596,9 @@ def test_the_interval_of_a_ratio_of_perplexities():
     base = torch.stack([counts * (3 + torch.randn(400, generator=generator).double()), counts], dim=1)
     more = base.clone()
     more[:, 0] += 0.1 * counts  # every token's loss by as much: no variance is left in the ratio
-    assert four_bits.ratio_interval(more, base) == pytest.approx([math.exp(0.1)] * 3)
+    assert ratio_interval(more, base) == pytest.approx([math.exp(0.1)] * 3)
     more[:, 0] += 0.5 * counts * torch.randn(400, generator=generator).double()
-    _, low, high = four_bits.ratio_interval(more, base)
+    _, low, high = ratio_interval(more, base)
     deviation = 0.5 * counts.square().sum().sqrt() / counts.sum()  # of the log, by hand
     assert math.log(high / low) == pytest.approx(2 * 1.96 * deviation.item(), rel=0.15)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from tuning import simulate
 from tuning.experiments import lomo_memory, record
 from tuning.experiments.qlora_memory import build
 from tuning.lomo import Lomo
@@ -43,16 +44,16 @@ def test_the_sheet_gives_the_papers_figures():
 def by_torch(shape, method, checkpointing, batch, length):
     """Peak bytes of the second step by category, by torch's MemTracker."""
     with FakeTensorMode():
-        model = lomo_memory.llama(shape)
+        model = simulate.llama(shape)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer, inputs, _ = lomo_memory.prepare(model, method)
+        optimizer, inputs, _ = simulate.prepare(model, method)
         ids = torch.zeros(batch, length, dtype=torch.long)
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         with tracker:
             for _ in range(2):
-                lomo_memory.step(model, optimizer, inputs(ids))
+                simulate.step(model, optimizer, inputs(ids))
                 tracker.reset_mod_stats()
         found = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     return {str(kind).rpartition(".")[2]: value for kind, value in found.items()}
@@ -61,7 +62,7 @@ def by_torch(shape, method, checkpointing, batch, length):
 @pytest.mark.parametrize(("method", "checkpointing"), [("SGD", True), ("SGD", False), ("AdamW", False)])
 def test_live_bytes_are_those_of_torchs_tracker(method, checkpointing):
     size = ((256, 512, 3), method, checkpointing)
-    found = lomo_memory.simulate(*size, batch=4, length=32).peak
+    found = simulate.simulate(*size, batch=4, length=32).peak
     expected = by_torch(*size, batch=4, length=32)
     assert sum(found.values()) == pytest.approx(expected["Total"], rel=0.005)
     assert found["parameters"] == pytest.approx(expected["PARAM"] + expected["BUFFER"], rel=1e-3)
@@ -71,14 +72,14 @@ def test_live_bytes_are_those_of_torchs_tracker(method, checkpointing):
 def test_live_bytes_of_a_step_that_is_computed_are_those_of_fake_tensors():
     size = {"batch": 2, "length": 16}
     for method in ("SGD", "LOMO", "LoRA"):
-        fake = lomo_memory.simulate((128, 256, 2), method, False, **size).peak
+        fake = simulate.simulate((128, 256, 2), method, False, **size).peak
         torch.manual_seed(0)
-        model = lomo_memory.llama((128, 256, 2))
-        optimizer, inputs, _ = lomo_memory.prepare(model, method)
+        model = simulate.llama((128, 256, 2))
+        optimizer, inputs, _ = simulate.prepare(model, method)
         ids = torch.zeros(2, 16, dtype=torch.long)
-        lomo_memory.step(model, optimizer, inputs(ids))
+        simulate.step(model, optimizer, inputs(ids))
         with LiveBytes(model, optimizer) as live:
-            lomo_memory.step(model, optimizer, inputs(ids), live.note)
+            simulate.step(model, optimizer, inputs(ids), live.note)
         assert sum(live.peak.values()) == pytest.approx(sum(fake.values()), rel=0.01)
 
 
@@ -122,14 +123,14 @@ def test_lomo_holds_one_gradient_and_sgd_all():
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_plan_is_within_five_percent_of_the_simulation(method, checkpointing):
     shape, size = (1024, 2816, 6), {"batch": 3, "length": 200}
-    found = sum(lomo_memory.simulate(shape, method, checkpointing, **size).peak.values())
+    found = sum(simulate.simulate(shape, method, checkpointing, **size).peak.values())
     assert sum(plan(method, shape, **size, checkpointing=checkpointing).values()) == pytest.approx(found, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["LOMO", "LoRA", "P-tuning"])
 def test_the_plan_of_a_deep_model_and_one_long_text(method):
     shape, size = (512, 1408, 24), {"batch": 1, "length": 700}
-    found = sum(lomo_memory.simulate(shape, method, True, **size).peak.values())
+    found = sum(simulate.simulate(shape, method, True, **size).peak.values())
     assert sum(plan(method, shape, **size).values()) == pytest.approx(found, rel=0.05)
 
 
@@ -138,7 +139,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves():
     kept = {}
     for layers in (1, 3):
         torch.manual_seed(0)
-        model = lomo_memory.llama((*shape[:2], layers))
+        model = simulate.llama((*shape[:2], layers))
         storages = {}
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 

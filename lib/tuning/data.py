@@ -4,6 +4,7 @@ Everything comes as Hugging Face `datasets`. How the shipped files were built, f
 in `corpora/README.md` beside them.
 """
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,3 +234,52 @@ def read_jsonl(path, needed):
     if not rows:
         raise ValueError(f"{path} holds no rows; expected one JSON object a line, with {', '.join(needed)}")
     return rows
+
+
+def labelled_reviews(limit=None):
+    """Per split the first `limit` (sentence, label) of the movie reviews, or all."""
+    return {
+        split: list(zip(rows["sentence"], rows["label"], strict=True))[:limit] for split, rows in load_reviews().items()
+    }
+
+
+def text_of(task, row):
+    """A row of a language understanding task as one text; passages end after 250 words, to fit BERT's context."""
+    if task == "reviews":
+        return row["sentence"]
+    if task == "wic":
+        pair = f'"{row["sentence1"]}" "{row["sentence2"]}"'
+        return f'{pair} Is the word "{row["word"]}" used in the same sense in both?'
+    if task == "boolq":
+        return f"{' '.join(row['passage'].split()[:250])} Question: {row['question']}?"
+    return f'{row["premise"]} Does it follow that "{row["hypothesis"]}"?'
+
+
+# A grammar a relation: the candidates of the paraphrase search are all ways to pick one phrase from each place.
+PARAPHRASES = {
+    "P17": (
+        ("[X]", "The city of [X]", "The town of [X]", "[X], a city,"),
+        (" is", " is located", " is situated", " lies"),
+        (" in", " in the country of", " in the nation of", " within the country of"),
+    ),
+    "P1376": (
+        ("[X]", "The city of [X]", "The capital city of [X]", "[X], a city,"),
+        (" is", " serves as", " has been"),
+        (" the capital of", " the capital city of", " the capital of the country of", " the seat of government of"),
+    ),
+    "P37": (
+        ("The", "The only", "The main"),
+        (" official language", " language", " national language", " language spoken"),
+        (" of [X] is", " in [X] is", " in the country of [X] is", " used in [X] is"),
+    ),
+    "P30": (
+        ("[X]", "The country of [X]", "The nation of [X]"),
+        (" is", " is located", " lies", " is a country"),
+        (" in", " in the continent of", " on the continent of", " in the region of"),
+    ),
+}
+
+
+def paraphrases(relation):
+    """All sentences of the relation's grammar, as templates."""
+    return ["".join(parts) + " [Y]." for parts in itertools.product(*PARAPHRASES[relation])]

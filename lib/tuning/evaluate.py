@@ -1,6 +1,18 @@
-"""What measures: P@1, losses and perplexity of texts, and intervals."""
+"""What measures: which answers are right, losses and perplexity of texts, and intervals.
 
+Everything here takes what a model gave, or a model as transformers has it; no method of the book is imported.
+"""
+
+import math
+import random
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy import stats
+
+from .data import load_facts
+from .prompts import answer_id
 
 __all__ = ["bootstrap_interval", "hits_at_1", "paired_interval"]
 
@@ -22,21 +34,44 @@ def hits_at_1(logits, answer_ids, candidates=None):
     return logits.argmax(dim=1) == torch.as_tensor(answer_ids)
 
 
+def share_right(logits, facts):
+    """`hits_at_1` for (subject, answer's token id) pairs, over the whole vocabulary: (len(facts),) bool."""
+    return hits_at_1(logits, [answer for _, answer in facts])
+
+
 def bootstrap_interval(hits, rounds=2000, level=0.95, seed=0):
-    """The percentile bootstrap interval of a mean, over items.
+    """The percentile bootstrap interval of a mean, over items (by `scipy.stats.bootstrap`).
 
     Args:
-        hits: (n,) bool or float; for a difference of two methods on the same items, the n differences.
+        hits: (n,) bool or float, two at least; for a difference of two methods on the same items, the n differences.
 
     Returns:
         `(low, high)` floats.
     """
-    values = torch.as_tensor(hits).double()
-    generator = torch.Generator().manual_seed(seed)
-    samples = torch.randint(len(values), (rounds, len(values)), generator=generator)
-    tail = (1 - level) / 2
-    low, high = values[samples].mean(dim=1).quantile(torch.tensor([tail, 1 - tail]).double())
-    return low.item(), high.item()
+    return _percentile([torch.as_tensor(hits).double().numpy()], np.mean, rounds, level, seed)
+
+
+def ratio_interval(losses, base, rounds=2000, level=0.95):
+    """The ratio of two perplexities and its percentile bootstrap interval over texts, the same ones for both.
+
+    Args:
+        losses, base: (texts, 2) float64 each, from `text_losses`.
+
+    Returns:
+        `(ratio, low, high)` floats.
+    """
+
+    def ratio(total, count, base_total, base_count, axis=-1):
+        return np.exp(total.sum(axis) / count.sum(axis) - base_total.sum(axis) / base_count.sum(axis))
+
+    columns = [column.numpy() for found in (losses, base) for column in found.T]
+    return (ratio(*columns).item(), *_percentile(columns, ratio, rounds, level, seed=0))
+
+
+def _percentile(columns, statistic, rounds, level, seed):
+    options = {"n_resamples": rounds, "confidence_level": level, "method": "percentile", "paired": len(columns) > 1}
+    found = stats.bootstrap(columns, statistic, **options, vectorized=True, rng=np.random.default_rng(seed))
+    return found.confidence_interval.low.item(), found.confidence_interval.high.item()
 
 
 def paired_interval(gains, same_items, rounds=2000, level=0.95, seed=0):
@@ -69,3 +104,68 @@ def paired_interval(gains, same_items, rounds=2000, level=0.95, seed=0):
     tail = (1 - level) / 2
     low, high = torch.stack(means).quantile(torch.tensor([tail, 1 - tail]).double())
     return low.item(), high.item()
+
+
+def p_at_1(hits):
+    """P@1 with its interval, as a row: {"p_at_1", "low", "high", "n"}."""
+    low, high = bootstrap_interval(hits)
+    return {"p_at_1": hits.double().mean().item(), "low": low, "high": high, "n": len(hits)}
+
+
+def accuracy(right):
+    """Accuracy with its interval, as a row: {"accuracy", "low", "high", "n_test"}."""
+    low, high = bootstrap_interval(right)
+    return {"accuracy": right.double().mean().item(), "low": low, "high": high, "n_test": len(right)}
+
+
+@torch.no_grad()
+def predictions(classifier, rows, batch_size=64):
+    """(n,) bool: which (text, label) rows a function from texts to logits (texts, classes) gets right."""
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # texts of like length waste little on padding
+    right = torch.empty(len(rows), dtype=torch.bool)
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        guesses = classifier([rows[row][0] for row in chosen]).argmax(dim=1).cpu()
+        right[chosen] = guesses == torch.tensor([rows[row][1] for row in chosen])
+    return right
+
+
+def perplexity(model, tokenizer, texts, batch_size=16):
+    """exp of the mean -log p of each token after the first of its text; None for a masked model."""
+    if tokenizer.mask_token:
+        return None
+    total, count = text_losses(model, tokenizer, texts, batch_size).sum(dim=0).tolist()
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def text_losses(model, tokenizer, texts, batch_size=16):
+    """(texts, 2) float64: for each text the sum of -log p of its tokens after the first, and their number."""
+    found = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
+        batch = batch.to(model.device)
+        logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
+        labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
+        loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
+        found.append(torch.stack([loss.sum(dim=1), (labels >= 0).sum(dim=1)], dim=1))
+    return torch.cat(found).double().cpu()
+
+
+def facts_with_ids(tokenizer, relation, fold=0, limit=None):
+    """The splits of a relation as lists of (subject, answer's token id)."""
+    return {
+        split: [(s, answer_id(tokenizer, a)) for s, a in zip(rows["sub_label"], rows["obj_label"], strict=True)][:limit]
+        for split, rows in load_facts(relation, fold).items()
+    }
+
+
+def balanced(rows, count, seed):
+    """`count` of the (text, label) rows, half of label 0 and half of 1, drawn by `seed`; all if `count` is None."""
+    if count is None:
+        return rows
+    generator = random.Random(seed)
+    halves = [generator.sample([row for row in rows if row[1] == label], count // 2) for label in (0, 1)]
+    drawn = halves[0] + halves[1]
+    generator.shuffle(drawn)
+    return drawn

@@ -1,4 +1,4 @@
-"""Prompts: templates, batched scoring, P@1, label words, calibration, and the search for better words.
+"""Prompts: templates, batched scoring, label words, calibration, and the search for better words.
 
 A template is text with two slots, `[X]` for the subject and `[Y]` for the answer, as in LAMA (Petroni et al., 2019). A
 causal model reads everything before `[Y]` and predicts the next token; a masked model reads its mask token at `[Y]`.
@@ -7,6 +7,7 @@ causal model reads everything before `[Y]` and predicts the next token; a masked
 import copy
 import inspect
 import re
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,13 @@ def encode(tokenizer, template, subject, triggers=()):
     Raises:
         ValueError: the template's slots are wrong for this tokenizer; the message shows a right one.
     """
-    _check_template(tokenizer, template, triggers)
+    check_template(tokenizer, template, triggers)
     before, after = template.split("[Y]")
     text = before + tokenizer.mask_token + after if tokenizer.mask_token else before
     ids = []
     for index, piece in enumerate(text.split("[T]")):
         ids += [triggers[index - 1]] if index else []
-        ids += _tokens(tokenizer, piece.rstrip(" ").replace("[X]", subject))  # a space belongs to the word after it
+        ids += tokens_of(tokenizer, piece.rstrip(" ").replace("[X]", subject))  # a space belongs to the word after it
     return _add_special_tokens(tokenizer, ids)
 
 
@@ -63,7 +64,7 @@ def answer_id(tokenizer, answer):
     Raises:
         ValueError: the answer is more than one token (or none), or the vocabulary does not know it.
     """
-    ids = _tokens(tokenizer, " " + answer)
+    ids = tokens_of(tokenizer, " " + answer)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(f"answer {answer!r} is {len(ids)} tokens here ({pieces}); use one-token answers")
@@ -72,7 +73,7 @@ def answer_id(tokenizer, answer):
 
 @torch.no_grad()
 def answer_logits(model, tokenizer, prompts, batch_size=32, vectors=None):
-    """Logits of the token at `[Y]` for each prompt, whatever batch it lands in.
+    """Logits of the token at `[Y]` for each prompt, whatever batch it lands in and whatever mode the model is in.
 
     Three things make it fast: a prefix that all prompts share is read once, prompts of like length share a batch, and
     only the answer's position goes through the output layer.
@@ -85,17 +86,19 @@ def answer_logits(model, tokenizer, prompts, batch_size=32, vectors=None):
         (len(prompts), vocab_size) float32, on the CPU, in the order of `prompts`.
 
     Raises:
-        ValueError: no prompts, or one that is longer than the model's context.
+        ValueError: no prompts, an empty one or one longer than the model's context, or vectors that do not fit.
     """
-    _check_prompts(model, tokenizer, prompts)
-    prefix = _read_shared_prefix(model, tokenizer, prompts, vectors)
+    check_prompts(model, tokenizer, prompts, vectors)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     logits = None
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        found = _forward(model, tokenizer, [prompts[index] for index in rows], prefix, vectors).float().cpu()
-        logits = torch.empty(len(prompts), found.shape[1]) if logits is None else logits
-        logits[rows] = found
+    with evaluating(model):
+        prefix = _read_shared_prefix(model, tokenizer, prompts, vectors)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = [prompts[index] for index in rows]
+            found = forward_at_answer(model, tokenizer, batch, prefix, vectors).float().cpu()
+            logits = torch.empty(len(prompts), found.shape[1]) if logits is None else logits
+            logits[rows] = found
     return logits
 
 
@@ -107,7 +110,12 @@ def class_log_probs(logits, words):
 
     Returns:
         (n, classes), normalized over the classes.
+
+    Raises:
+        ValueError: no classes, or one without label words.
     """
+    if min(map(len, words), default=0) == 0:
+        raise ValueError(f"label words {words} leave a class without a word; give each class at least one token id")
     per_class = [logits[:, ids].logsumexp(dim=1) for ids in words]
     return torch.stack(per_class, dim=1).log_softmax(dim=1)
 
@@ -120,7 +128,12 @@ def calibrate(log_probs, reference):
 
     Args:
         log_probs: (n, classes); reference: (m, classes).
+
+    Raises:
+        ValueError: no reference inputs.
     """
+    if len(reference) == 0:
+        raise ValueError("there are no reference inputs to calibrate on; give the log-probabilities of at least one")
     return (log_probs - reference.mean(dim=0)).log_softmax(dim=1)
 
 
@@ -133,13 +146,18 @@ def trigger_gradient(model, tokenizer, template, triggers, facts):
 
     Returns:
         (len(triggers), hidden).
+
+    Raises:
+        ValueError: no triggers or no facts, or a prompt is longer than the model's context.
     """
-    vectors = model.get_input_embeddings().weight[list(triggers)].detach().requires_grad_()  # (triggers, hidden)
+    vectors = embeddings_of(model, triggers).requires_grad_()  # (triggers, hidden)
     slots = [-1 - index for index in range(len(triggers))]  # a negative id stands for a vector of ours
     prompts = [encode(tokenizer, template, subject, slots) for subject, _ in facts]
+    check_prompts(model, tokenizer, prompts)
     answers = torch.tensor([answer for _, answer in facts], device=model.device)
-    loss = F.cross_entropy(_forward(model, tokenizer, prompts, vectors=vectors).float(), answers)
-    return torch.autograd.grad(loss, vectors)[0]
+    with evaluating(model):
+        logits = forward_at_answer(model, tokenizer, prompts, vectors=vectors).float()
+    return torch.autograd.grad(F.cross_entropy(logits, answers), vectors)[0]
 
 
 def hotflip(gradient, embeddings, allowed, k):
@@ -149,11 +167,17 @@ def hotflip(gradient, embeddings, allowed, k):
     second part is the same for all candidates.
 
     Args:
-        gradient: (hidden,) at the token's place; embeddings: (vocab, hidden); allowed: (vocab,) bool.
+        gradient: (hidden,) at the token's place; embeddings: (vocab, hidden), from `embeddings_of`.
+        allowed: (vocab,) bool, the tokens that may be used.
 
     Returns:
-        k token ids, the most promising first.
+        k token ids, the most promising first; fewer if fewer are allowed.
+
+    Raises:
+        ValueError: no token is allowed, or `allowed` is of another vocabulary.
     """
+    _check_allowed(allowed, embeddings)
+    k = min(k, int(allowed.sum()))
     change = embeddings @ gradient  # (vocab,)
     return change.masked_fill(~allowed, torch.inf).topk(k, largest=False).indices.tolist()
 
@@ -170,21 +194,40 @@ def search_triggers(model, tokenizer, template, triggers, facts, allowed, steps,
 
     Yields:
         `(triggers, loss)` after each step: the token ids, and their mean loss on that step's scoring batch.
+
+    Raises:
+        ValueError: no triggers, no facts, or no token is allowed.
     """
     generator = torch.Generator().manual_seed(seed)
-    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = embeddings_of(model)
     triggers = list(triggers)
     for step in range(steps):
         drawn = torch.randperm(len(facts), generator=generator)[: 2 * batch_size].tolist()
         guiding = [facts[index] for index in drawn[:batch_size]]
         scoring = [facts[index] for index in drawn[batch_size:]] or guiding
+        gradients = trigger_gradient(model, tokenizer, template, triggers, guiding)
         place = step % len(triggers)
-        gradient = trigger_gradient(model, tokenizer, template, triggers, guiding)[place]
-        tokens = [triggers[place], *hotflip(gradient, embeddings, allowed, k)]
+        tokens = [triggers[place], *hotflip(gradients[place], embeddings, allowed, k)]
         tried = [[*triggers[:place], token, *triggers[place + 1 :]] for token in tokens]
         losses = _losses(model, tokenizer, template, tried, scoring)
         triggers = tried[losses.argmin()]
         yield triggers, losses.min().item()
+
+
+def allowed_tokens(model, tokenizer, answers):
+    """The tokens a trigger may be: no special token, no piece of a character, no capitalized word, none of `answers`.
+
+    Without the last two the search writes the frequent answers into the prompt (AutoPrompt filters likewise).
+
+    Returns:
+        (vocab,) bool, on the model's device.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    texts = tokenizer.batch_decode([[token] for token in range(size)])
+    allowed = [text == text.lower() and "\ufffd" not in text and bool(text.strip()) for text in texts]
+    allowed = torch.tensor(allowed)
+    allowed[[*tokenizer.all_special_ids, *answers]] = False
+    return allowed.to(model.device)
 
 
 def _losses(model, tokenizer, template, tried, facts):
@@ -195,7 +238,7 @@ def _losses(model, tokenizer, template, tried, facts):
     return losses.view(len(tried), len(facts)).mean(dim=1)
 
 
-def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
+def forward_at_answer(model, tokenizer, prompts, prefix=None, vectors=None):
     """Logits at the answer, (len(prompts), vocab), on the model's device.
 
     Causal prompts are padded on the left, so that the answer's place is last in each row, and positions count from each
@@ -209,7 +252,7 @@ def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).to(model.device)
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side=side).to(model.device)
-    inputs = _inputs(model, ids, vectors)
+    inputs = inputs_with_vectors(model, ids, vectors)
     if not causal:
         answer = (ids == tokenizer.mask_token_id).int().argmax(dim=1)
         return model(**inputs, attention_mask=mask).logits[torch.arange(len(ids), device=ids.device), answer]
@@ -223,7 +266,47 @@ def _forward(model, tokenizer, prompts, prefix=None, vectors=None):
     return model(**inputs, attention_mask=mask, **options).logits[:, -1]
 
 
-def _inputs(model, ids, vectors):
+def embeddings_of(model, tokens=None):
+    """What tokens become where they enter the model: vectors of the space that `inputs_embeds` takes.
+
+    The model's module is asked, not its matrix: some models scale the rows (Gemma does), and in some a row is narrower
+    than the hidden states (ALBERT, the OPT of 350M).
+
+    Args:
+        tokens: token ids; None for the whole vocabulary.
+
+    Returns:
+        (len(tokens), hidden) in the model's dtype, without a gradient; `embedding_size` says how wide.
+    """
+    embed = model.get_input_embeddings()
+    tokens = range(len(embed.weight)) if tokens is None else list(tokens)
+    if not tokens:
+        raise ValueError("there are no tokens to take embeddings of; are there words, or [T] slots, in the template?")
+    with torch.no_grad():
+        return embed(torch.tensor(tokens, device=embed.weight.device))
+
+
+def embedding_size(model):
+    """How many numbers a vector has that stands for a token: the hidden size, in most models."""
+    return embeddings_of(model, [0]).shape[1]
+
+
+@contextmanager
+def evaluating(model):
+    """The model in evaluation mode, and each of its modules as it was afterwards, also after an error.
+
+    In training mode dropout makes what is measured random, and activation checkpoints leave no cache to go on from.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def inputs_with_vectors(model, ids, vectors):
     """What the model's forward takes: the ids, or embeddings in which `vectors` stand at the negative ids."""
     if vectors is None:
         return {"input_ids": ids}
@@ -246,23 +329,25 @@ def _read_shared_prefix(model, tokenizer, prompts, vectors=None):
     if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1 or not _takes(model, "past_key_values"):
         return None
     ids = torch.tensor([first[:shared]], device=model.device)
-    cache = getattr(model(**_inputs(model, ids, vectors), use_cache=True), "past_key_values", None)
+    cache = getattr(model(**inputs_with_vectors(model, ids, vectors), use_cache=True), "past_key_values", None)
     return (cache, shared) if hasattr(cache, "batch_repeat_interleave") else None
 
 
-def _tokens(tokenizer, text):
+def tokens_of(tokenizer, text):
+    """The token ids of a text alone, without what a tokenizer puts around it."""
     return tokenizer(text, add_special_tokens=False).input_ids if text else []
 
 
 def _add_special_tokens(tokenizer, ids):
     """`ids` between what the tokenizer puts around a text; a causal prompt stays open at its end."""
-    plain = _tokens(tokenizer, "a")
+    plain = tokens_of(tokenizer, "a")
     framed = tokenizer("a").input_ids
     start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
     return framed[:start] + ids + (framed[start + len(plain) :] if tokenizer.mask_token else [])
 
 
-def _check_template(tokenizer, template, triggers=()):
+def check_template(tokenizer, template, triggers=(), pseudo=0):
+    """Refuse a template whose slots do not fit: one `[X]`, one `[Y]`, a `[T]` a trigger, `pseudo` times `[P]`."""
     for slot in ("[X]", "[Y]"):
         count = template.count(slot)
         if count != 1:
@@ -270,6 +355,12 @@ def _check_template(tokenizer, template, triggers=()):
             raise ValueError(f"template {template!r} {fault}; write one, e.g. 'The capital of [X] is [Y].'")
     if template.count("[T]") != len(triggers):
         raise ValueError(f"template {template!r} has {template.count('[T]')} [T] slots for {len(triggers)} triggers")
+    count = template.count("[P]")
+    if count != pseudo:
+        raise ValueError(
+            f"template {template!r} has {count} [P] slots and no vectors for them; pass `vectors` ({count}, hidden) to "
+            "`prompt_logits` or `answer_loss`, or write words there"
+        )
     before, after = template.split("[Y]")
     if tokenizer.mask_token is None and (not before.endswith(" ") or "[X]" in after or re.search(r"\w", after)):
         raise ValueError(
@@ -278,14 +369,46 @@ def _check_template(tokenizer, template, triggers=()):
         )
 
 
-def _check_prompts(model, tokenizer, prompts):
+def check_prompts(model, tokenizer, prompts, vectors=None):
+    """Refuse what cannot be scored: no prompts, an empty or a too long one, vectors that are missing or do not fit."""
     if not prompts:
         raise ValueError("there are no prompts to score; is the data set empty?")
+    if not all(prompts):
+        raise ValueError(f"prompt {list(map(len, prompts)).index(0)} has no token; write words before [X] or [Y]")
     # The tokenizer's limit too: RoBERTa's configuration counts two positions that no token can have.
-    limit = min(getattr(model.config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+    limit = min(context_of(model) or 10**9, tokenizer.model_max_length)
     longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
     if len(prompts[longest]) > limit:
         raise ValueError(
             f"prompt {longest} is {len(prompts[longest])} tokens long and the model's context holds {limit}; "
             "shorten the template or show fewer examples"
         )
+    wanted = -min(map(min, prompts))  # the i-th vector stands at the id -1 - i
+    if wanted > (0 if vectors is None else len(vectors)):
+        raise ValueError(f"the prompts have places for {wanted} vectors; pass `vectors` ({wanted}, hidden)")
+    if vectors is not None:
+        check_vectors(model, vectors)
+
+
+def check_vectors(model, vectors):
+    """Refuse vectors that the model's `inputs_embeds` has no room for."""
+    size = embedding_size(model)
+    if vectors.dim() != 2 or vectors.shape[1] != size:
+        raise ValueError(
+            f"vectors of the shape {tuple(vectors.shape)} do not fit this model, whose tokens enter it as {size} "
+            f"numbers; give (length, {size})"
+        )
+
+
+def context_of(model):
+    """How many tokens the model's context holds; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_allowed(allowed, embeddings):
+    if len(allowed) != len(embeddings):
+        raise ValueError(
+            f"`allowed` has {len(allowed)} tokens and the embeddings {len(embeddings)}; give a bool for each embedding"
+        )
+    if not allowed.any():
+        raise ValueError("no token is allowed; set at least one of `allowed` to True")

@@ -14,10 +14,10 @@ from functools import cache
 import torch
 
 from ..data import load_reviews, load_wic
+from ..evaluate import ratio_interval, text_losses
 from ..models import load_lm
 from ..nf4 import dequantize, quantize, quantize_scales
 from ..qlora import linear_layers
-from .four_way import text_losses
 from .record import Recorder, option_parser
 
 WAYS = {  # kind, block size, double quantization
@@ -43,24 +43,6 @@ def rounded(model, kind, block_size, double, shift):
     return model, bits / numbers
 
 
-def ratio_interval(losses, base, rounds=2000, level=0.95):
-    """The ratio of two perplexities and its percentile bootstrap interval over texts, the same ones for both.
-
-    Args:
-        losses, base: (texts, 2) float64 each, from `text_losses`.
-
-    Returns:
-        `(ratio, low, high)` floats.
-    """
-    draw = torch.randint(len(base), (rounds, len(base)), generator=torch.Generator().manual_seed(0))
-    ratios = []
-    for chosen in (torch.arange(len(base)).unsqueeze(0), draw):
-        logs = [found[chosen, 0].sum(dim=1) / found[chosen, 1].sum(dim=1) for found in (losses, base)]
-        ratios.append((logs[0] - logs[1]).exp())
-    low, high = ratios[1].quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)).tolist()
-    return ratios[0].item(), low, high
-
-
 def main(arguments=None):
     options = option_parser(__doc__).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device, torch.float32)
@@ -69,7 +51,9 @@ def main(arguments=None):
         "examples": [row["sentence1"] for row in load_wic()["test"]][: options.limit or TEXTS["examples"]],
     }
     settings = {"model": options.model, "texts": {name: len(some) for name, some in texts.items()}}
-    recorder = Recorder("four_bits", options.out, model.device, 1 + len(WAYS) * len(SHIFTS), **settings)
+    recorder = Recorder(
+        "four_bits", options.out, model.device, 1 + len(WAYS) * len(SHIFTS), save=options.save, **settings
+    )
 
     @cache
     def as_it_is():

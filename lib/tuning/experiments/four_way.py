@@ -11,7 +11,6 @@ P@1 on a relation that was not touched, and perplexity on other text.
 """
 
 import copy
-import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_superglue, load_wic
+from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_superglue, load_wic, text_of
+from ..evaluate import balanced, bootstrap_interval, hits_at_1, perplexity
 from ..lora import add_lora, unload
 from ..memory import PeakMemory
 from ..models import load_lm
 from ..p_tuning import PromptEncoder, answer_loss, prompt_logits, soften
-from ..prompts import answer_id, bootstrap_interval, hits_at_1
+from ..prompts import answer_id
 from ..training import Classifier, last_token, mean_of_tokens, train
-from .learning_curve import balanced
 from .record import Recorder, option_parser
 
 METHODS = ("manual prompt", "fine-tuning", "manual prompt and fine-tuning", "P-tuning")
@@ -121,18 +120,6 @@ def one_token_facts(tokenizer, facts):
         except ValueError:
             continue
     return found
-
-
-def text_of(task, row):
-    """A row of a language understanding task as one text; passages end after 250 words, to fit BERT's context."""
-    if task == "reviews":
-        return row["sentence"]
-    if task == "wic":
-        pair = f'"{row["sentence1"]}" "{row["sentence2"]}"'
-        return f'{pair} Is the word "{row["word"]}" used in the same sense in both?'
-    if task == "boolq":
-        return f"{' '.join(row['passage'].split()[:250])} Question: {row['question']}?"
-    return f'{row["premise"]} Does it follow that "{row["hypothesis"]}"?'
 
 
 def _check_splits(name, rows):
@@ -251,28 +238,6 @@ def elsewhere(model, tokenizer, task):
     return {"relation": relation, "p_at_1": p_at_1, "perplexity": perplexity(model, tokenizer, task.other_text)}
 
 
-def perplexity(model, tokenizer, texts, batch_size=16):
-    """exp of the mean -log p of each token after the first of its text; None for a masked model."""
-    if tokenizer.mask_token:
-        return None
-    total, count = text_losses(model, tokenizer, texts, batch_size).sum(dim=0).tolist()
-    return math.exp(total / count)
-
-
-@torch.no_grad()
-def text_losses(model, tokenizer, texts, batch_size=16):
-    """(texts, 2) float64: for each text the sum of -log p of its tokens after the first, and their number."""
-    found = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
-        batch = batch.to(model.device)
-        logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
-        labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
-        loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
-        found.append(torch.stack([loss.sum(dim=1), (labels >= 0).sum(dim=1)], dim=1))
-    return torch.cat(found).double().cpu()
-
-
 def majority(task):
     """Always the most frequent training answer: its hits on test."""
     answers = [answer for _, answer in task.rows["train"]]
@@ -308,7 +273,7 @@ def main(arguments=None):
     total += sum(1 + len(SEEDS) * (1 + len(chosen)) for chosen in methods.values())
     settings = {"model": options.model, "lama": options.lama, "superglue": options.superglue}
     settings |= {"reviews": options.reviews, "steps": options.steps, "limit": options.limit}
-    recorder = Recorder("four_way", options.out, model.device, total, **settings)
+    recorder = Recorder("four_way", options.out, model.device, total, save=options.save, **settings)
     best = {}
     for swept in SWEPT_ON:
         for method in methods[swept][1:]:

@@ -14,17 +14,16 @@ from contextlib import contextmanager
 
 import torch
 
-from ..data import load_wic
+from ..data import labelled_reviews, load_wic
+from ..evaluate import balanced, bootstrap_interval, perplexity
 from ..lomo import AdaLomo, FusedOptimizer, Lomo
 from ..lora import add_lora
 from ..memory import LiveBytes
 from ..models import load_lm
 from ..p_tuning import answer_loss, prompt_logits
-from ..prompts import answer_id, bootstrap_interval, paired_interval
+from ..prompts import answer_id
 from ..qlora import quantize_model
 from ..training import batch_rows, optimizer_for, rate_factor, take_step
-from .four_way import perplexity
-from .learning_curve import balanced, labelled_reviews
 from .record import Recorder, option_parser
 
 TEMPLATE, WORDS = "Review: [X]\nSentiment: [Y].", ("negative", "positive")
@@ -131,37 +130,6 @@ def sweep(rates, score, more=3):
     return max(swept, key=swept.get)
 
 
-def gain(runs, one, other):
-    """How much more of the test sentences one method has right than another: the mean over seeds, and its interval."""
-    hits = [
-        [torch.tensor([int(hit) for hit in runs[f"run/{method}/{seed}"]["hits"]]).double() for seed in SEEDS]
-        for method in (one, other)
-    ]
-    gains = [a - b for a, b in zip(*hits, strict=True)]
-    return (torch.cat(gains).mean().item(), *paired_interval(gains, same_items=True))
-
-
-def summary(runs, methods, base):
-    """For each method of the recorded runs what a table shows; `base` is what the others are compared with."""
-    rows = {}
-    for method in methods:
-        three, live = [runs[f"run/{method}/{seed}"] for seed in SEEDS], runs[f"live/{method}"]
-        scores = [run["test"] for run in three]
-        elsewhere = [run["perplexity elsewhere"] / runs["untrained"]["perplexity elsewhere"] for run in three]
-        rows[method] = {
-            "rate": f"{three[0]['lr']:g}",
-            "test": f"{sum(scores) / len(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})",
-            f"over {base}": "" if method == base else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain(runs, method, base)),
-            "perplexity elsewhere": f"x {min(elsewhere):.2f} to {max(elsewhere):.2f}",
-            "trained": f"{live['trained']:,}",
-            "stored, MB": round(4 * live["trained"] / 1e6),
-            "gradients, MB": round(live["largest"]["gradients"] / 1e6),
-            "peak, MB": round(sum(live["peak"].values()) / 1e6),
-            "ms a step": round(1000 * min(run["seconds"] for run in three) / len(three[0]["losses"])),
-        }
-    return rows
-
-
 def main(arguments=None):
     options = option_parser(__doc__, STEPS).parse_args(arguments)
     model, tokenizer = load_lm(options.model, options.device, torch.float32)
@@ -174,7 +142,7 @@ def main(arguments=None):
     }
     total = sum(len(rates) for rates in RATES.values()) + len(RATES) * (len(SEEDS) + 1) + 1
     settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
-    recorder = Recorder("full_tuning", options.out, model.device, total, **settings)
+    recorder = Recorder("full_tuning", options.out, model.device, total, save=options.save, **settings)
     words = [answer_id(tokenizer, word) for word in WORDS]
     recorder.piece(
         "untrained",

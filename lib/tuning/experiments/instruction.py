@@ -10,101 +10,32 @@ plain words, and perplexity on other text.
 """
 
 import copy
-import json
 import random
 
 import torch
 
 from ..chat import encode_chat, pad_chats, reply, reply_loss
 from ..data import load_facts, load_wic
+from ..evaluate import perplexity
 from ..lora import add_lora, unload
 from ..models import load_lm
 from ..p_tuning import PromptEncoder
+from ..records import (
+    GENERAL,
+    SHOWN,
+    UNRELATED,
+    UNSEEN,
+    WORDINGS,
+    answered,
+    ask_for,
+    conversation,
+    place_records,
+    score_records,
+    to_json,
+)
 from ..training import train
-from .four_way import perplexity
 from .record import Recorder, option_parser
 
-FIELDS = ("place", "country", "continent")
-WORDINGS = (
-    "Where is {}?",
-    "Tell me about {}.",
-    "Which country is {} in?",
-    "I am going to {} next week.",
-    "{}, please.",
-    "My sister lives in {}.",
-    "What do you know about the city of {}?",
-    "In which part of the world is {}?",
-    "We flew to {} yesterday.",
-    "Give me a record of {}.",
-)
-UNSEEN = (
-    "Could you look up {} for me?",
-    "The train to {} was late.",
-    "Which continent does {} belong to?",
-    "Have you ever heard of {}?",
-)
-GENERAL = (  # questions for the mixed-in replies; none is one of UNRELATED with a word changed
-    "Hello!",
-    "Can you help me with my homework?",
-    "Write a short poem about rain.",
-    "Correct this sentence: he go to school.",
-    "Translate 'good night' into French.",
-    "Which is heavier, a feather or a stone?",
-    "What does a doctor do?",
-    "Summarize: the meeting was long and nothing was decided.",
-    "Thank you very much.",
-    "I feel tired today.",
-    "What can you do?",
-    "Why do we have seasons?",
-    "Sort these numbers: 3, 1, 2.",
-    "What is a verb?",
-    "Give me advice for a job interview.",
-    "Who invented the telephone?",
-    "Is a whale a fish?",
-    "How do birds find their way?",
-    "What is a computer?",
-    "Who wrote Romeo and Juliet?",
-    "How many legs does a spider have?",
-    "Write a greeting for a friend.",
-    "What is the largest ocean?",
-    "What is the past tense of go?",
-    "Describe a tree in one sentence.",
-    "What do plants need to grow?",
-    "What is the boiling point of water?",
-    "Tell me a joke.",
-    "What is a good breakfast?",
-    "How do you say thank you politely?",
-    "What season comes after winter?",
-    "Finish the proverb: the early bird",
-)
-UNRELATED = (  # never trained on
-    "What is the opposite of tall?",
-    "Write a sentence about cats.",
-    "How many months are in a year?",
-    "What color is grass?",
-    "Give me three vegetables.",
-    "Explain what a clock is.",
-    "What is 4 plus 5?",
-    "Name an animal that can fly.",
-    "What do cows eat?",
-    "How do I make tea?",
-    "What is the plural of child?",
-    "Tell me a fact about the sun.",
-    "Why is exercise good for you?",
-    "Suggest a name for a dog.",
-    "What is snow made of?",
-    "Give me a synonym of big.",
-)
-SHOWN = (  # the eight of the chapter, before and after
-    "Where is Osaka?",
-    "The train to Nairobi was late.",
-    "What is the capital of France?",
-    "Write a sentence about cats.",
-    "What is 4 plus 5?",
-    "Who was Isaac Newton?",
-    "Which continent does Milan belong to?",
-    "Give me three vegetables.",
-)
 RATES = {
     "LoRA": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4),
@@ -116,62 +47,9 @@ SEEDS = (0, 1, 2)
 STEPS, BATCH, CITIES, MIX = 60, 4, 100, 0.25
 
 
-def place_records():
-    """Per split a list of records {place, country, continent}: cities of P17 whose country's continent P30 tells."""
-    continents = {row["sub_label"]: row["obj_label"] for part in load_facts("P30").values() for row in part}
-    return {
-        split: [
-            dict(zip(FIELDS, (row["sub_label"], row["obj_label"], continents[row["obj_label"]]), strict=True))
-            for row in rows
-            if row["obj_label"] in continents
-        ]
-        for split, rows in load_facts("P17").items()
-    }
-
-
-def conversation(question, answer):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def to_json(record):
-    return json.dumps(record, ensure_ascii=False)
-
-
-def ask_for(records, wordings, seed):
-    """One (question, record) a record, with a wording drawn by `seed`."""
-    draw = random.Random(seed)
-    return [(draw.choice(wordings).format(record["place"]), record) for record in records]
-
-
-def read_record(text):
-    """The record that a reply is, or None if it is not exactly one JSON object with the three fields as texts."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    right = isinstance(found, dict) and tuple(found) == FIELDS and all(isinstance(v, str) for v in found.values())
-    return found if right else None
-
-
-def score_records(model, tokenizer, asked, vectors=None):
-    """Shares of `asked` whose reply stops and is a valid record, and whose fields are right."""
-    replies = reply(model, tokenizer, [question for question, _ in asked], 48, vectors)
-    records = [read_record(text) if stopped else None for text, stopped in replies]
-    found = {"valid": sum(record is not None for record in records) / len(asked), "n": len(asked)}
-    for field in FIELDS:
-        right = [
-            bool(record) and record[field] == wanted[field] for record, (_, wanted) in zip(records, asked, strict=True)
-        ]
-        found[field] = sum(right) / len(asked)
-    return found
-
-
-def own_replies(model, tokenizer, questions, max_new_tokens=64):
-    """Conversations with the model's own greedy replies, of those that come to an end."""
-    replies = reply(model, tokenizer, list(questions), max_new_tokens)
-    return [
-        conversation(q, text) for q, (text, stopped) in zip(questions, replies, strict=True) if stopped and text.strip()
-    ]
+def ask_and_score(model, tokenizer, asked, vectors=None):
+    """`score_records` of the model's own replies to (question, record) pairs."""
+    return score_records(reply(model, tokenizer, [question for question, _ in asked], 48, vectors), asked)
 
 
 def score_elsewhere(model, tokenizer, data, vectors=None):
@@ -227,8 +105,8 @@ def run(name, model, tokenizer, data, lr, seed, steps, test=True):
             with torch.no_grad():
                 prompt = vectors()
             found |= {
-                "seen wordings": score_records(model, tokenizer, data["seen"], prompt),
-                "unseen wordings": score_records(model, tokenizer, data["unseen"], prompt),
+                "seen wordings": ask_and_score(model, tokenizer, data["seen"], prompt),
+                "unseen wordings": ask_and_score(model, tokenizer, data["unseen"], prompt),
                 "elsewhere": score_elsewhere(model, tokenizer, data, prompt),
                 "replies": [text for text, _ in reply(model, tokenizer, list(SHOWN), 48, prompt)],
             }
@@ -248,6 +126,10 @@ def no_grad_loss(model, batch, vectors):
 
 def load_data(model, tokenizer, limit=None):
     """Conversations to train on, dev, records to test on, general replies, and what is asked elsewhere."""
+
+    def own(questions):
+        return answered(questions, reply(model, tokenizer, list(questions)))
+
     records = {split: rows[:limit] for split, rows in place_records().items()}
     shuffled = random.Random(0).sample(records["test"], min(CITIES, len(records["test"])))
     talks = {
@@ -259,8 +141,8 @@ def load_data(model, tokenizer, limit=None):
         "dev": talks["dev"][:24],
         "seen": ask_for(shuffled, WORDINGS, 1),
         "unseen": ask_for(shuffled, UNSEEN, 1),
-        "general": own_replies(model, tokenizer, GENERAL[:limit]),
-        "unrelated": own_replies(model, tokenizer, UNRELATED[:limit]),
+        "general": own(GENERAL[:limit]),
+        "unrelated": own(UNRELATED[:limit]),
         "capitals": [(row["sub_label"], row["obj_label"]) for row in load_facts("P1376")["test"]][:limit],
         "sentences": [row["sentence1"] for row in load_wic()["test"]][: min(100, limit or 100)],
     }
@@ -273,12 +155,12 @@ def main(arguments=None):
     data = load_data(model, tokenizer, options.limit)
     total = 1 + sum(len(rates) for rates in RATES.values()) + (len(RATES) + 1) * len(SEEDS)
     settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
-    recorder = Recorder("instruction", options.out, model.device, total, **settings)
+    recorder = Recorder("instruction", options.out, model.device, total, save=options.save, **settings)
     recorder.piece(
         "untrained",
         lambda: {
-            "seen wordings": score_records(model, tokenizer, data["seen"]),
-            "unseen wordings": score_records(model, tokenizer, data["unseen"]),
+            "seen wordings": ask_and_score(model, tokenizer, data["seen"]),
+            "unseen wordings": ask_and_score(model, tokenizer, data["unseen"]),
             "elsewhere": score_elsewhere(model, tokenizer, data),
             "replies": [text for text, _ in reply(model, tokenizer, list(SHOWN), 48)],
         },

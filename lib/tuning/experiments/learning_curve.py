@@ -8,13 +8,12 @@ is made on as many dev sentences as there are training sentences, 32 at least, a
 without their labels; figures are on the test set.
 """
 
-import random
-
 import torch
 
-from ..data import load_reviews
+from ..data import labelled_reviews
+from ..evaluate import accuracy, balanced, predictions
 from ..models import load_encoder, load_lm
-from ..prompts import answer_id, answer_logits, bootstrap_interval, calibrate, class_log_probs, encode, few_shot
+from ..prompts import answer_id, answer_logits, calibrate, class_log_probs, encode, few_shot
 from ..training import Classifier, mean_of_tokens, train
 from .record import Recorder, option_parser
 
@@ -26,36 +25,6 @@ SHOTS = (0, 1, 2, 4, 8)
 SEEDS = (0, 1, 2)
 TEMPLATE = "Review: [X]\nSentiment: [Y]."
 WORDS = ("negative", "positive")  # of class 0 and class 1
-
-
-def labelled_reviews(limit=None):
-    """Per split the first `limit` (sentence, label) of the movie reviews, or all."""
-    return {
-        split: list(zip(rows["sentence"], rows["label"], strict=True))[:limit] for split, rows in load_reviews().items()
-    }
-
-
-def balanced(rows, count, seed):
-    """`count` of the rows, half of each label, drawn by `seed`; all of them if `count` is None."""
-    if count is None:
-        return rows
-    generator = random.Random(seed)
-    halves = [generator.sample([row for row in rows if row[1] == label], count // 2) for label in (0, 1)]
-    drawn = halves[0] + halves[1]
-    generator.shuffle(drawn)
-    return drawn
-
-
-@torch.no_grad()
-def predictions(classifier, rows, batch_size=64):
-    """(n,) bool: which rows the classifier gets right."""
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row][0]))  # texts of like length waste little on padding
-    right = torch.empty(len(rows), dtype=torch.bool)
-    for start in range(0, len(rows), batch_size):
-        chosen = order[start : start + batch_size]
-        guesses = classifier([rows[row][0] for row in chosen]).argmax(dim=1).cpu()
-        right[chosen] = guesses == torch.tensor([rows[row][1] for row in chosen])
-    return right
 
 
 def fine_tune(data, count, seed, lr, steps, device):
@@ -95,11 +64,6 @@ def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None, s
     return {"n": len(rows), "seed": seed, "lr": lr, **accuracy(predictions(classifier, data["test"])), **kept}
 
 
-def accuracy(right):
-    low, high = bootstrap_interval(right)
-    return {"accuracy": right.double().mean().item(), "low": low, "high": high, "n_test": len(right)}
-
-
 def ask(data, model, tokenizer, shots, seed, template=TEMPLATE, words=WORDS):
     """Accuracy of the prompted language model as it answers, and with its preference for a word taken out."""
     examples = [(text, words[label]) for text, label in balanced(data["train"], max(shots, 2), seed)[:shots]]
@@ -129,7 +93,9 @@ def main(arguments=None):
     sizes = [size for size in SIZES if size is None or size <= len(data["train"]) // 4]
     model, tokenizer = load_lm(device=options.device)
     total = len(RATES) + len(sizes) * len(SEEDS) + 1 + (len(SHOTS) - 1) * len(SEEDS)
-    recorder = Recorder("learning_curve", options.out, model.device, total, limit=options.limit, steps=options.steps)
+    recorder = Recorder(
+        "learning_curve", options.out, model.device, total, save=options.save, limit=options.limit, steps=options.steps
+    )
     sweep_size = 128 if 128 in sizes else sizes[-2]
 
     def tune(size, seed, lr):

@@ -11,8 +11,9 @@ Each run chooses its step on 200 dev sentences and is scored on all test sentenc
 
 import torch
 
+from ..data import labelled_reviews
 from ..lora import adapted_layers, add_lora
-from .learning_curve import labelled_reviews, new_classifier, train_classifier
+from .learning_curve import new_classifier, train_classifier
 from .record import Recorder, option_parser
 
 Q, K, V, O = (f"attention.{part}" for part in ("self.query", "self.key", "self.value", "output.dense"))  # noqa: E741
@@ -113,7 +114,13 @@ def main(arguments=None):
     tables = len(BUDGET) + len(BY_RANK) * len(RANKS) + 2 * len(SIZES)
     device = torch.device(options.device or "cpu")
     recorder = Recorder(
-        "lora", options.out, device, rates + tables * len(SEEDS) + 1, limit=options.limit, steps=options.steps
+        "lora",
+        options.out,
+        device,
+        rates + tables * len(SEEDS) + 1,
+        save=options.save,
+        limit=options.limit,
+        steps=options.steps,
     )
 
     def run(targets, rank, lr, seed, count=COUNT):

@@ -25,7 +25,7 @@ def main(arguments=None):
 
     total = len(SWEPT_ON) * len(RATES[LORA]) + (len(PROBES) + len(UNDERSTANDING)) * len(SEEDS)
     settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
-    recorder = Recorder("lora_tasks", options.out, model.device, total, **settings)
+    recorder = Recorder("lora_tasks", options.out, model.device, total, save=options.save, **settings)
     best = {}
     for swept in SWEPT_ON:
         keys = {lr: f"sweep/{swept}/{LORA}/{lr:g}" for lr in RATES[LORA]}

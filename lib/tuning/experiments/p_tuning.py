@@ -12,6 +12,7 @@ the paper's case study: does the spread over wordings shrink?
 import torch
 
 from ..data import TEMPLATES
+from ..evaluate import facts_with_ids, p_at_1
 from ..models import load_lm
 from ..p_tuning import PromptEncoder, soften
 from .prompt_tuning import (
@@ -19,10 +20,8 @@ from .prompt_tuning import (
     RELATION,
     SEEDS,
     STEPS,
-    facts_with_ids,
     pseudo_template,
-    share_right,
-    summary,
+    right,
     tune,
 )
 from .record import Recorder, option_parser
@@ -49,14 +48,14 @@ def main(arguments=None):
     data = facts_with_ids(tokenizer, RELATION, limit=options.limit)
     settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
     total = 1 + len(KINDS) * (len(RATES) + len(SEEDS)) + len(WORDINGS)
-    recorder = Recorder("p_tuning", options.out, model.device, total, **settings)
+    recorder = Recorder("p_tuning", options.out, model.device, total, save=options.save, **settings)
 
     def run(kind, lr, seed, wording=HANDCRAFTED, test=True):
         template, encoder = build(model, tokenizer, kind, seed, wording)
         return tune(model, tokenizer, data, template, encoder, lr, options.steps, seed, test)
 
     def by_hand(template):
-        return summary(share_right(model, tokenizer, template, data["test"]))
+        return p_at_1(right(model, tokenizer, template, data["test"]))
 
     recorder.piece("handcrafted", lambda: by_hand(HANDCRAFTED))
     for kind in KINDS:

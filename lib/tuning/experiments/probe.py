@@ -12,35 +12,13 @@ import random
 import torch
 from datasets import concatenate_datasets
 
-from ..data import TEMPLATES, load_facts
+from ..data import TEMPLATES, load_facts, paraphrases
+from ..evaluate import hits_at_1, p_at_1
 from ..models import load_lm
-from ..prompts import answer_id, answer_logits, bootstrap_interval, encode, few_shot, hits_at_1, search_triggers
+from ..prompts import allowed_tokens, answer_id, answer_logits, encode, few_shot, search_triggers
 from .record import Recorder, option_parser
 
 RELATIONS = ("P17", "P1376", "P37", "P30")
-# A grammar a relation: the candidates of the paraphrase search are all ways to pick one phrase from each place.
-PARAPHRASES = {
-    "P17": (
-        ("[X]", "The city of [X]", "The town of [X]", "[X], a city,"),
-        (" is", " is located", " is situated", " lies"),
-        (" in", " in the country of", " in the nation of", " within the country of"),
-    ),
-    "P1376": (
-        ("[X]", "The city of [X]", "The capital city of [X]", "[X], a city,"),
-        (" is", " serves as", " has been"),
-        (" the capital of", " the capital city of", " the capital of the country of", " the seat of government of"),
-    ),
-    "P37": (
-        ("The", "The only", "The main"),
-        (" official language", " language", " national language", " language spoken"),
-        (" of [X] is", " in [X] is", " in the country of [X] is", " used in [X] is"),
-    ),
-    "P30": (
-        ("[X]", "The country of [X]", "The nation of [X]"),
-        (" is", " is located", " lies", " is a country"),
-        (" in", " in the continent of", " on the continent of", " in the region of"),
-    ),
-}
 SHOTS = (1, 2, 4, 8)
 ORDERS = 24
 SEEDS = 1  # of each token search
@@ -51,11 +29,6 @@ STARTS = {  # where the token search begins: a neutral start, and a sentence a p
     "P37": ("the the the the the", "has the official language of"),
     "P30": ("the the the the the", "is on the continent of"),
 }
-
-
-def paraphrases(relation):
-    """All sentences of the relation's grammar, as templates."""
-    return ["".join(parts) + " [Y]." for parts in itertools.product(*PARAPHRASES[relation])]
 
 
 class Probe:
@@ -82,18 +55,12 @@ class Probe:
         return hits_at_1(logits, answers), hits_at_1(logits, answers, self.candidates)
 
     def report(self, template, rows, triggers=(), model=None):
-        return summary(*self.hits(template, rows, triggers, model))
+        return both_ways(*self.hits(template, rows, triggers, model))
 
 
-def summary(hits, among_candidates):
-    low, high = bootstrap_interval(hits)
-    return {
-        "p_at_1": hits.double().mean().item(),
-        "low": low,
-        "high": high,
-        "candidates": among_candidates.double().mean().item(),
-        "n": len(hits),
-    }
+def both_ways(hits, among_candidates):
+    """P@1 over the vocabulary, with its interval, and among the candidates."""
+    return p_at_1(hits) | {"candidates": among_candidates.double().mean().item()}
 
 
 def score_templates(probe):
@@ -130,7 +97,7 @@ def score_few_shot(probe, template, seeds=3):
                 shown = few_shot(template, draw_examples(probe.rows("train", fold), shots, seed))
                 hits.append(probe.hits(shown, probe.rows("test", fold)[: 2 * SOME]))
             pooled = [torch.cat(parts) for parts in zip(*hits, strict=True)]
-            found.append({"shots": shots, "seed": seed, **summary(*pooled)})
+            found.append({"shots": shots, "seed": seed, **both_ways(*pooled)})
     return {"template": template, "draws": found}
 
 
@@ -158,25 +125,9 @@ def score_controls(probe, template, random_model):
     majority = torch.tensor(majority)
     return {
         "template": template,
-        "majority": summary(majority, majority),
+        "majority": both_ways(majority, majority),
         "random_model": probe.report(template, probe.rows("all"), model=random_model),
     }
-
-
-def allowed_tokens(model, tokenizer, answers):
-    """The tokens a trigger may be: no special token, no piece of a character, no capitalized word, none of `answers`.
-
-    Without the last two the search writes the frequent answers into the prompt (AutoPrompt filters likewise).
-
-    Returns:
-        (vocab,) bool, on the model's device.
-    """
-    size = model.get_input_embeddings().num_embeddings
-    texts = tokenizer.batch_decode([[token] for token in range(size)])
-    allowed = [text == text.lower() and "\ufffd" not in text and bool(text.strip()) for text in texts]
-    allowed = torch.tensor(allowed)
-    allowed[[*tokenizer.all_special_ids, *answers]] = False
-    return allowed.to(model.device)
 
 
 def search_tokens(probe, start, seed, steps, check_every=3):
@@ -223,7 +174,9 @@ def main(arguments=None):
         (relation, start, seed) for relation in RELATIONS for start in STARTS[relation] for seed in range(SEEDS)
     ]
     settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
-    recorder = Recorder("probe", options.out, model.device, 4 * len(RELATIONS) + 1 + len(searches), **settings)
+    recorder = Recorder(
+        "probe", options.out, model.device, 4 * len(RELATIONS) + 1 + len(searches), save=options.save, **settings
+    )
     probes = {relation: Probe(model, tokenizer, relation, options.limit) for relation in RELATIONS}
     chosen = {}
     for relation, probe in probes.items():

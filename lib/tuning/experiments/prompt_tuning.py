@@ -9,10 +9,9 @@ words make eight vectors, the other starts have six: starts are compared as one 
 
 import torch
 
-from ..data import load_facts
+from ..evaluate import facts_with_ids, p_at_1, share_right
 from ..models import load_lm
 from ..p_tuning import PromptVectors, answer_loss, prompt_logits, soften
-from ..prompts import answer_id, bootstrap_interval, hits_at_1
 from ..training import train
 from .record import Recorder, option_parser
 
@@ -28,14 +27,6 @@ DEV = 200
 def pseudo_template(length):
     """Half of the pseudo tokens in front of the subject, half behind it: with 6, the paper's (3,3,0)."""
     return "[P]" * (length // 2) + " [X]" + "[P]" * (length - length // 2) + " [Y]."
-
-
-def facts_with_ids(tokenizer, relation, fold=0, limit=None):
-    """The splits of a relation as lists of (subject, answer's token id)."""
-    return {
-        split: [(s, answer_id(tokenizer, a)) for s, a in zip(rows["sub_label"], rows["obj_label"], strict=True)][:limit]
-        for split, rows in load_facts(relation, fold).items()
-    }
 
 
 def starting_vectors(model, tokenizer, kind, length, seed):
@@ -54,15 +45,9 @@ def starting_vectors(model, tokenizer, kind, length, seed):
     return pseudo_template(length), noise * embeddings.std()
 
 
-def share_right(model, tokenizer, template, facts, vectors=None):
+def right(model, tokenizer, template, facts, vectors=None):
     """(n,) bool: P@1 over the vocabulary, fact by fact."""
-    logits = prompt_logits(model, tokenizer, template, [subject for subject, _ in facts], vectors)
-    return hits_at_1(logits, [answer for _, answer in facts])
-
-
-def summary(hits):
-    low, high = bootstrap_interval(hits)
-    return {"p_at_1": hits.double().mean().item(), "low": low, "high": high, "n": len(hits)}
+    return share_right(prompt_logits(model, tokenizer, template, [subject for subject, _ in facts], vectors), facts)
 
 
 def tune(model, tokenizer, data, template, encoder, lr, steps, seed, test=True):
@@ -72,7 +57,7 @@ def tune(model, tokenizer, data, template, encoder, lr, steps, seed, test=True):
 
     def score():
         with torch.no_grad():
-            return share_right(model, tokenizer, template, dev, encoder()).double().mean().item()
+            return right(model, tokenizer, template, dev, encoder()).double().mean().item()
 
     def loss_on(facts):
         return answer_loss(model, tokenizer, template, facts, encoder())
@@ -94,7 +79,7 @@ def tune(model, tokenizer, data, template, encoder, lr, steps, seed, test=True):
         "kept": vectors.numel(),
         "mean_norm": vectors.norm(dim=1).mean().item(),
     }
-    return {**found, "test": summary(share_right(model, tokenizer, template, data["test"], vectors))} if test else found
+    return {**found, "test": p_at_1(right(model, tokenizer, template, data["test"], vectors))} if test else found
 
 
 def main(arguments=None):
@@ -105,13 +90,13 @@ def main(arguments=None):
     settings = {"model": options.model, "steps": options.steps, "limit": options.limit}
     starts = ("text", "vocabulary", "random")
     total = 1 + len(starts) * (len(RATES) + len(SEEDS)) + len(LENGTHS)
-    recorder = Recorder("prompt_tuning", options.out, model.device, total, **settings)
+    recorder = Recorder("prompt_tuning", options.out, model.device, total, save=options.save, **settings)
 
     def run(kind, length, lr, seed, steps, test=True):
         template, start = starting_vectors(model, tokenizer, kind, length, seed)
         return tune(model, tokenizer, data, template, PromptVectors(start), lr, steps, seed, test)
 
-    recorder.piece("handcrafted", lambda: summary(share_right(model, tokenizer, HANDCRAFTED, data["test"])))
+    recorder.piece("handcrafted", lambda: p_at_1(right(model, tokenizer, HANDCRAFTED, data["test"])))
     best = {}
     for kind in starts:
         for lr in RATES:

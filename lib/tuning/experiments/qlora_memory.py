@@ -20,7 +20,8 @@ from ..memory import LLAMA, PeakMemory
 from ..models import default_device, default_dtype
 from ..nf4 import quantize, quantize_scales
 from ..qlora import Linear4bit, PagedAdamW, linear_layers, prepare_for_training
-from .lomo_memory import TOY, llama_config
+from ..simulate import llama_config
+from .lomo_memory import TOY
 from .record import Recorder, option_parser
 
 RANK, ALPHA, LENGTH, STEPS = 64, 16, 512, 4
@@ -124,7 +125,7 @@ def main(arguments=None):
     device = torch.device(options.device or default_device())
     dtype = default_dtype(device)
     settings = {"sizes": options.sizes, "length": options.length, "steps": options.steps, "dtype": str(dtype)}
-    recorder = Recorder("qlora_memory", options.out, device, 2 * len(options.sizes), **settings)
+    recorder = Recorder("qlora_memory", options.out, device, 2 * len(options.sizes), save=options.save, **settings)
     for whose in ("ours", "bitsandbytes"):  # so that ours are there, whatever becomes of the other
         for size in options.sizes:
             shape = (LLAMA | TOY)[size]
