@@ -5,21 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tuning.nf4 import (
     LEVELS,
     NF4,
     SCALE_BLOCK,
     dequantize,
     dynamic_map,
+    dynamic_map_on,
     nearest,
     normal_levels,
     pack,
+    pairs_on,
     quantize,
     quantize_scales,
     scale_up,
     scales_of,
     unpack,
 )
+from tuning.qlora import Linear4bit
 
 logging.disable(logging.WARNING)  # bitsandbytes warns about a package that is not needed
 import bitsandbytes.functional as reference  # noqa: E402
@@ -135,6 +139,90 @@ def test_zeros_come_back():
     weight[1, 5] = 2
     for found in (quantize(weight), quantize_scales(quantize(weight))):
         assert torch.equal(dequantize(found)[weight == 0], weight[weight == 0])
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-39, 9e-39, 1.1e-38, 1.2e-38, 1e-37])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (5,), (2, 67), (300, 65)])
+def test_tiny_numbers_are_those_of_bitsandbytes(shape, largest):
+    weight = numbers(shape) / 5 * largest
+    ours, (codes, state) = quantize(weight), theirs(weight)
+    assert torch.equal(ours.codes, codes.flatten()) and torch.equal(ours.scales, state.absmax)
+    assert dequantize(ours).isfinite().all()
+
+
+@pytest.fixture
+def flushed():
+    """Subnormal numbers, below 1.18e-38, count as zero, as on many accelerators."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor keeps subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-39, 1.1e-38])
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (5,), (2, 67)])
+def test_zeros_stay_zeros_where_subnormal_numbers_are_flushed(flushed, shape, largest):
+    weight = torch.zeros(shape)
+    weight.flatten()[0] = largest
+    for found in (quantize(weight), quantize_scales(quantize(weight))):
+        assert (unpack(found.codes, weight.numel()) == 7).all() and not dequantize(found).any()
+
+
+def test_equal_scales_come_back_where_subnormal_numbers_are_flushed(flushed):
+    twice = quantize_scales(quantize(torch.ones(300, 64)))
+    assert (twice.scales == nearest(torch.zeros(1), dynamic_map(), SCALE_BLOCK)[0].item()).all()
+    assert (dynamic_map()[twice.scales.int()] == 0).all() and torch.equal(dequantize(twice), torch.ones(300, 64))
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what a Mac's GPU does not have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves((args, kwargs, found)):
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, func
+            assert value is not torch.float64, func
+        return found
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(40, 64), (7, 33), (300, 65)])
+def test_nothing_is_computed_in_64_bits(shape, double):
+    for table in (pairs_on, dynamic_map_on):
+        table.cache_clear()
+    weight, x = numbers(shape), torch.randn(2, shape[1], requires_grad=True)
+    with NoFloat64():
+        packed = quantize(weight)
+        packed = quantize_scales(packed) if double else packed
+        assert dequantize(packed).shape == shape and dynamic_map().shape == (256,)
+        Linear4bit(packed, torch.zeros(shape[0]))(x).sum().backward()
+    torch.testing.assert_close(x.grad, dequantize(packed).sum(dim=0).expand(2, -1))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(40, 64), (7, 33), (300, 65)])
+def test_a_compiler_takes_it_in_one_graph(shape, double):
+    torch._dynamo.reset()
+    for dtype in (torch.float32, torch.bfloat16):
+        packed = quantize(numbers(shape, dtype))
+        packed = quantize_scales(packed) if double else packed
+        compiled = torch.compile(dequantize, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(packed), dequantize(packed))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("double", [True, False])
+def test_a_layer_is_compiled_in_one_graph(double):
+    torch._dynamo.reset()
+    packed = quantize(numbers((40, 50)))
+    layer = Linear4bit(quantize_scales(packed) if double else packed, torch.randn(40))
+    x = torch.randn(3, 50, requires_grad=True)
+    g = torch.randn(3, 40)
+    found, expected = torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x)
+    assert torch.equal(found, expected)
+    one, other = (torch.autograd.grad(y, x, g)[0] for y in (found, expected))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def nearest(x, levels, block_size):
     if len(rest):
         last = rest.abs().amax().clamp(min=1e-38)
         scales, scaled = torch.cat([scales, last.view(1)]), torch.cat([scaled, rest / last])
+    scaled.nan_to_num_()  # 0 · (1 / 0), where subnormal numbers count as zero
     middles = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(scaled, middles, out_int32=True), scales
 
@@ -152,14 +153,17 @@ def dequantize(quantized):
     pairs = pairs_on(device, q.kind)
     # two float32 as one item of eight bytes: found faster, but in the way of a compiler
     if not torch.compiler.is_compiling():
-        pairs = pairs.view(torch.float64).flatten()
+        pairs = pairs.view(torch.int64).flatten()
     numbers = pairs.index_select(0, q.codes.int()).view(torch.float32).flatten()[: q.shape.numel()]
     return scale_up(numbers, scales_of(q), q.block_size).to(q.dtype).view(q.shape)
 
 
+DYNAMIC_MAP = dynamic_map()  # made once: a compiler cannot follow how
+
+
 @cache
 def dynamic_map_on(device):
-    return dynamic_map().to(device)
+    return DYNAMIC_MAP.to(device)
 
 
 @cache
