@@ -654,4 +654,4 @@ def test_the_bench_of_four_bits_on_a_tiny_model(tiny_gpt2, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
     found = bench.measure_four_bits("cpu", rounds=1)
     assert set(found) <= set(bench.BUDGETS) and all(value > 0 for value in found.values())
-    assert len(found) == 4
+    assert len(found) == 5
