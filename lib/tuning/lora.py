@@ -6,6 +6,7 @@ row by row in one batch; `merge` folds one into the weights. `tuning.adapter_fil
 
 import math
 import re
+import warnings
 from collections import Counter
 
 import torch
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
+
+from .wrappers import bare_modules, unwrapped
 
 __all__ = ["AdaptedLayer", "EmbeddingLoRA", "LoRA", "add_lora", "merge", "unmerge", "use_adapter"]
 
@@ -120,6 +123,8 @@ def add_lora(model, targets="all-linear", rank=8, alpha=16, dropout=0.0, rslora=
     layers = _targets(model, targets)
     _check_new(layers, name, rank, alpha, dropout)
     _check_free(model, name)
+    if targets == "all-linear":
+        warn_of_experts(model, layers, "adapts")
     model.requires_grad_(False)
     for path, layer in layers.items():
         if not isinstance(layer, AdaptedLayer):
@@ -186,6 +191,61 @@ def adapted_layers(model):
 
 # --- which layers
 
+HEADS = ("score", "classifier", "classification_head", "qa_outputs", "head")  # transformers' names, and this book's
+
+
+def linear_layers(model):
+    """What "all-linear" means: every linear layer but the output embedding and what is in a task's head.
+
+    peft's rule, with its task types. The output embedding is large and often tied; a head is new, and trained whole.
+
+    Returns:
+        {name in the bare model: layer}, in the model's order. A layer that has adapters is there as its `AdaptedLayer`.
+    """
+    bare = unwrapped(model)
+    output = getattr(bare, "get_output_embeddings", lambda: None)()
+    output = None if output is None else unwrapped(output)
+    return {
+        path: layer
+        for path, layer in _outer_layers(model).items()
+        if isinstance(_base(layer), (nn.Linear, Conv1D)) and layer is not output and path.split(".")[0] not in HEADS
+    }
+
+
+def warn_of_experts(model, layers, verb):
+    """Say so if weights of linear maps are in no layer: a mixture of experts may stack them in one parameter.
+
+    Args:
+        layers: {name: layer} that something is done to; verb: what is done, e.g. "adapts".
+    """
+    stacked = stacked_weights(model)
+    if stacked:
+        reached = sum(math.prod(_sizes(_base(layer))) for layer in layers.values())
+        share = reached / (reached + sum(stacked.values()))
+        warnings.warn(
+            f"this {verb} layers with {share:.1%} of the weights of this model's linear maps. The rest is stacked in "
+            f"parameters that belong to no linear layer, and is left out: {next(iter(stacked))} and "
+            f"{len(stacked) - 1} more",
+            stacklevel=3,
+        )
+
+
+def stacked_weights(model):
+    """{name in the bare model: how many numbers} of parameters that hold a stack of matrices, one for each expert."""
+    return {
+        f"{path}.{name}": weight.numel()
+        for path, module in bare_modules(model).items()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and len(weight) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+    }
+
+
+def _outer_layers(model):
+    """{name in the bare model: module} without what is inside of an `AdaptedLayer`."""
+    modules = bare_modules(model)
+    inside = {id(part) for module in modules.values() if isinstance(module, AdaptedLayer) for part in module.modules()}
+    return {p: m for p, m in modules.items() if p and (isinstance(m, AdaptedLayer) or id(m) not in inside)}
+
 
 def _sizes(base):
     """(in_features, out_features) of a layer; an embedding maps the vocabulary to the hidden size."""
@@ -202,18 +262,12 @@ def _new_adapter(base, **settings):
 
 def _targets(model, targets):
     """The layers that `targets` names, by their whole name: peft's rules."""
-    wrappers = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer)]
-    inside = {id(part) for wrapper in wrappers for part in wrapper.modules() if part is not wrapper}
-    layers = {path: layer for path, layer in model.named_modules() if path and id(layer) not in inside}
+    layers = _outer_layers(model)
     if isinstance(targets, str) and targets != "all-linear":  # peft's files may hold a pattern
         matching = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
         return _check_targets(model, matching, f"{targets} (a pattern of whole names; put names in a list)")
     if targets == "all-linear":
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        if output is None:  # a classifier's head, by transformers' names for it
-            output = getattr(model, "score", getattr(model, "classifier", None))
-        linear = {path: layer for path, layer in layers.items() if isinstance(_base(layer), (nn.Linear, Conv1D))}
-        return _check_targets(model, {path: layer for path, layer in linear.items() if layer is not output})
+        return _check_targets(model, linear_layers(model))
     found = {}
     for target in targets:
         matching = [path for path in layers if path == target or path.endswith(f".{target}")]
