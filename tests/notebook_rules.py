@@ -9,7 +9,10 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "lib" / "tuning"
 # Modules whose `__all__` names the core algorithms, each of which some chapter must show.
-METHOD_MODULES = ("prompts", "p_tuning", "nf4", "lora", "qlora", "memory", "lomo", "training")
+METHOD_MODULES = (
+    "prompts", "p_tuning", "nf4", "lora", "qlora", "memory", "lomo", "training", "chat", "evaluate", "adapter_files",
+    "four_bit_files",
+)  # fmt: skip
 IGNORE_OUTPUT = "nbval-ignore-output"
 TAGS = {IGNORE_OUTPUT, "hide-input", "remove-input", "readme-picture"}
 MARKER = re.compile(r"# tuning/(\w+)\.py")
@@ -32,9 +35,14 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
+def parse(source):
+    """The syntax tree of a cell; magics become statements that do nothing, so that blocks keep a body."""
+    return ast.parse(re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", source))
+
+
 def definitions(source):
     """name -> syntax tree (as text, without docstrings) of the functions and classes at the top of `source`."""
-    tree = ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+    tree = parse(source)
     found = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -112,6 +120,7 @@ def cell_faults(cell):
     for line in cell.source.splitlines():
         if LIKE_A_MARKER.search(line) and not MARKER.fullmatch(line):
             yield f"a marker with a typo, or a marker that must be a tag: {line!r}"
+    yield from private_imports(cell.source)
     for output in cell.outputs:
         data = output.get("data", {})
         if output.output_type == "error":
@@ -127,6 +136,17 @@ def cell_faults(cell):
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
         if "image/png" in data and len(alt) < 20:
             yield "a figure without alternative text in metadata.mystnb.image.alt"
+
+
+def private_imports(source):
+    """Imports that a page must not need: the library's private names, and experiments (but for reading results)."""
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tuning":
+            if node.module.startswith("tuning.experiments") and node.module != "tuning.experiments.record":
+                yield f"an import from {node.module}; pages read its results by tuning.experiments.record"
+            yield from (
+                f"a private name of {node.module}: {alias.name}" for alias in node.names if alias.name.startswith("_")
+            )
 
 
 def marker_faults(book, library):

@@ -168,6 +168,12 @@ TWICE = "def twice(x):\n    return 2 * x"
         (set_source(2, "# tuning/prompts.py\n" + TWICE.replace("twice", "thrice")), "thrice: not in tuning/prompts.py"),
         (set_source(3, "print(twice(2))"), "does not import the library's"),
         (set_source(5, "assert 1\n" * 45), "lines; at most"),
+        (
+            set_source(5, "def f():\n    from tuning.prompts import encode, _inputs"),
+            "private name of tuning.prompts: _in",
+        ),
+        (set_source(5, "from tuning.experiments.probe import Probe"), "an import from tuning.experiments.probe"),
+        (set_source(5, "from tuning.experiments import probe"), "an import from tuning.experiments"),
     ],
 )
 def test_each_rule_catches_its_violation(change, fault):

@@ -48,7 +48,10 @@ def bootstrap_interval(hits, rounds=2000, level=0.95, seed=0):
     Returns:
         `(low, high)` floats.
     """
-    return _percentile([torch.as_tensor(hits).double().numpy()], np.mean, rounds, level, seed)
+    values = torch.as_tensor(hits).double().numpy()
+    options = {"n_resamples": rounds, "confidence_level": level, "method": "percentile"}
+    found = stats.bootstrap([values], np.mean, **options, rng=np.random.default_rng(seed))
+    return tuple(end.item() for end in found.confidence_interval)
 
 
 def ratio_interval(losses, base, rounds=2000, level=0.95):
@@ -65,13 +68,9 @@ def ratio_interval(losses, base, rounds=2000, level=0.95):
         return np.exp(total.sum(axis) / count.sum(axis) - base_total.sum(axis) / base_count.sum(axis))
 
     columns = [column.numpy() for found in (losses, base) for column in found.T]
-    return (ratio(*columns).item(), *_percentile(columns, ratio, rounds, level, seed=0))
-
-
-def _percentile(columns, statistic, rounds, level, seed):
-    options = {"n_resamples": rounds, "confidence_level": level, "method": "percentile", "paired": len(columns) > 1}
-    found = stats.bootstrap(columns, statistic, **options, vectorized=True, rng=np.random.default_rng(seed))
-    return found.confidence_interval.low.item(), found.confidence_interval.high.item()
+    options = {"n_resamples": rounds, "confidence_level": level, "method": "percentile", "paired": True}
+    found = stats.bootstrap(columns, ratio, **options, vectorized=True, rng=np.random.default_rng(0))
+    return (ratio(*columns).item(), *(end.item() for end in found.confidence_interval))
 
 
 def paired_interval(gains, same_items, rounds=2000, level=0.95, seed=0):
