@@ -41,4 +41,4 @@ grade: setup ## grade a folder of notebooks: make grade KIT=course/2-dora/lectur
 	@$(BIN)/python lib/tools/grade.py --kit "$(KIT)" --submissions "$(SUBMISSIONS)" --out "$(OUT)"
 
 colab: setup ## run chapters and assignments as Colab does: each in a clean environment, installed from the published address
-	@$(BIN)/python lib/tools/colab.py $(CHAPTER)
+	@$(BIN)/python lib/tools/colab.py $(addprefix --with ,$(WITH)) $(CHAPTER)

@@ -1,4 +1,4 @@
-"""What measures; intervals of P@1 and of paired seeds are tested in test_prompts.py, perplexity in test_experiments.py."""
+"""What measures (intervals of P@1 and of paired seeds: test_prompts.py; perplexity: test_experiments.py)."""
 
 import math
 

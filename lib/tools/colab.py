@@ -2,6 +2,7 @@
 
     python lib/tools/colab.py                      # every chapter, and every assignment as a student gets it
     python lib/tools/colab.py book/1-prompts/2-prompts-are-code.ipynb assignments/2-dora/assignment.ipynb
+    python lib/tools/colab.py --with transformers==5.18.0 book/2-lora/7-lora-in-practice.ipynb
 
 Each notebook runs from top to bottom in an empty folder and an environment of its own. The address that its setup cell
 installs from leads to a copy of this checkout. Printed are the seconds of the setup cell and of the whole, and what was
@@ -61,12 +62,12 @@ def pinned(*starts):
     return [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith(starts)]
 
 
-def environment_with_torch(folder):
-    """A new environment that has PyTorch and what runs notebooks, as Colab's; returns its Python."""
+def environment_with_torch(folder, also=()):
+    """A new environment that has PyTorch, what runs notebooks, and `also`, as Colab has more; returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = folder / "bin" / "python"
     install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    subprocess.run([*install, *pinned("torch==", "ipykernel", "nbclient", "nbformat")], check=True)
+    subprocess.run([*install, *pinned("torch==", "ipykernel", "nbclient", "nbformat"), *also], check=True)
     return python
 
 
@@ -138,6 +139,7 @@ def students_notebook(master, folder):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="chapters or assignments; without any, all of them")
+    parser.add_argument("--with", dest="also", nargs=1, action="extend", default=[], help="what is installed already")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,7 +154,7 @@ def main(arguments=None):
                 chosen.append(students_notebook(path.parent, folder / "course" / path.parent.name))
             else:
                 chosen.append((path, ()))
-        base = environment_with_torch(folder / "base")
+        base = environment_with_torch(folder / "base", options.also)
         print(f"{'notebook':34} {'setup, s':>9} {'whole, s':>9} {'download, MB':>13}", flush=True)
         slow, failed = [], []
         for number, (path, files) in enumerate(chosen):
