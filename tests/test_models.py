@@ -1,3 +1,4 @@
+import copy
 import json
 import multiprocessing
 import shutil
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 from tuning import models
+from tuning.files import sha256
+
+ROOT = Path(__file__).parents[1]
 
 
 def copy_of_cache(tmp_path, monkeypatch):
@@ -24,16 +29,23 @@ def copy_of_cache(tmp_path, monkeypatch):
     return folder
 
 
+def write_cache(folder, tokens=models.TOKENS, ids=models.TOKEN_IDS, listed=()):
+    """A small folder that passes for a converted model unless told otherwise; `listed` narrows its manifest."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    (folder / "config.json").write_text(json.dumps(ids))
+    names = listed or [file.name for file in folder.iterdir()]
+    (folder / "manifest.json").write_text(json.dumps({name: sha256(folder / name) for name in names}))
+
+
 def stub_conversion(monkeypatch):
     """Put a small folder in the place of the half-minute conversion, and count the calls."""
     calls = []
 
     def convert(root, folder):
         calls.append(folder)
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"weights")
-        digest = models._digest(folder / "model.safetensors")
-        (folder / "manifest.json").write_text(json.dumps({"model.safetensors": digest}))
+        write_cache(folder)
 
     monkeypatch.setattr(models, "_convert", convert)
     return calls
@@ -80,14 +92,6 @@ def test_tokenizer_takes_digits_one_by_one(smollm2):
     assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n2024").input_ids) == ["a", "ĊĊ", "2", "0", "2", "4"]
     for text in ("The year 2024 is 1,234 days.", "São  Paulo\n\n ñ"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
-def test_second_load_takes_under_four_seconds_of_work(smollm2):
-    start = time.process_time()
-    models.load_lm(device="cpu")
-    assert (
-        time.process_time() - start < 12
-    )  # processor seconds, so that a busy machine does not fail it; bench times it
 
 
 def test_encoder():
@@ -181,6 +185,125 @@ def test_intact_cache_is_not_built_again(monkeypatch, tmp_path):
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        {"tokens": models.TOKENS | {"eos_token": "<|im_start|>", "pad_token": "<|im_start|>"}},  # 5.17
+        {"tokens": models.TOKENS | {"bos_token": None}},
+        {"ids": models.TOKEN_IDS | {"eos_token_id": 0}},
+        {"ids": {}},
+        {"listed": ["config.json", "tokenizer_config.json"]},
+        {"listed": ["config.json", "model.safetensors"]},
+    ],
+)
+def test_a_foreign_cache_is_built_again_and_said(foreign, monkeypatch, tmp_path, capsys):
+    """Its checksums are right: another program, or another version, wrote it."""
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    calls = stub_conversion(monkeypatch)
+    folder = models._cached_smollm2()
+    shutil.rmtree(folder)
+    write_cache(folder, **foreign)
+    assert models._cached_smollm2() == folder and len(calls) == 2
+    assert "building it again" in capsys.readouterr().err
+    models._cached_smollm2()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("upgraded", ["transformers", "gguf"])
+def test_an_upgrade_converts_anew_and_leaves_the_others_copy(upgraded, monkeypatch, tmp_path, capsys):
+    version = models.importlib.metadata.version
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    calls = stub_conversion(monkeypatch)
+    old = models._cached_smollm2()
+    assert f"transformers-{version('transformers')}-gguf-{version('gguf')}" in old.name
+    assert "to delete if unused" not in capsys.readouterr().err
+    monkeypatch.setattr(models.importlib.metadata, "version", lambda name: version(name) + ".1" * (name == upgraded))
+    new = models._cached_smollm2()
+    assert calls == [old, new] and f"{upgraded}-{version(upgraded)}.1" in new.name
+    assert f"to delete if unused: {old.name}\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    calls = stub_conversion(monkeypatch)
+    assert models._cached_smollm2() == old and calls == []  # two environments do not remove each other's
+
+
+def exchange_layers(model, tokenizer):
+    layers = model.model.layers
+    layers[10], layers[11] = layers[11], layers[10]
+
+
+def leave_a_matrix_in_llama_cpps_order(model, tokenizer):
+    weight = model.model.layers[3].self_attn.k_proj.weight.data
+    weight.copy_(weight.view(3, 2, 32, 576).transpose(1, 2).reshape(192, 576))
+
+
+def take_another_rotation(model, tokenizer):
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+def cut_as_transformers_reads_it(model, tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def make_numbers_of_nothing(model, tokenizer):
+    model.model.norm.weight.data.fill_(torch.nan)
+
+
+def end_as_transformers_5_17(model, tokenizer):
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_start|>"
+
+
+def end_the_model_elsewhere(model, tokenizer):
+    model.config.eos_token_id = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (exchange_layers, "a loss of"),
+        (leave_a_matrix_in_llama_cpps_order, "a loss of"),
+        (take_another_rotation, "a loss of"),
+        (cut_as_transformers_reads_it, "a loss of"),
+        (make_numbers_of_nothing, "a loss of nan"),
+        (end_as_transformers_5_17, "'eos_token': '<|im_start|>'"),
+        (end_the_model_elsewhere, "'eos_token_id': 0"),
+    ],
+)
+def test_a_wrong_conversion_is_an_error_that_names_versions_that_work(spoil, said, smollm2, monkeypatch, tmp_path):
+    model, tokenizer = (copy.deepcopy(part) for part in smollm2)
+    spoil(model, tokenizer)
+    monkeypatch.setattr(models, "_read_gguf", lambda package: (model, tokenizer))
+    monkeypatch.setenv("TUNING_CACHE", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"converts SmolLM2 wrongly.*Seen to work: pip install") as error:
+        models.load_lm(device="cpu")
+    assert said in str(error.value) and models._converter(" ") in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2-135m.lock"]  # nothing is left that could be read
+
+
+def test_the_known_loss_is_that_of_the_published_model(smollm2):
+    """In float64, by torch's own cross-entropy; the tolerance leaves room for bfloat16 products and for little else."""
+    model, tokenizer = smollm2
+    ids = tokenizer(models.KNOWN_TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(ids).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    assert loss == pytest.approx(models.KNOWN_LOSS, abs=1e-4)
+    assert 10 * 1e-4 < models.LOSS_TOLERANCE <= 0.002
+
+
+def test_a_config_without_quantization_config_is_read_too(gpt2, monkeypatch):
+    """Some versions of transformers leave none after reading a GGUF file."""
+    model, tokenizer = (copy.deepcopy(part) for part in gpt2)
+    assert not hasattr(model.config, "quantization_config")
+    kinds = {models.AutoModelForCausalLM: model, models.AutoTokenizer: tokenizer}
+    monkeypatch.setattr(models, "_from_pretrained", lambda auto_class, *_, **__: kinds[auto_class])
+    assert models._read_gguf(Path("package")) == (model, tokenizer)
+
+
+def test_the_versions_seen_to_work_are_the_pinned_ones():
+    assert set(models.SEEN_TO_WORK.split()) <= set((ROOT / "requirements.txt").read_text().split())
+
+
 def test_killed_conversion_leaves_nothing_that_is_read(monkeypatch, tmp_path):
     """A first load is killed in the middle; what it left is neither read nor kept."""
     code = "from tuning import models; models.load_lm(device='cpu')"
@@ -210,8 +333,7 @@ def _load_in_process(cache, queue):
     def convert(root, folder):
         queue.put("converted")
         time.sleep(0.5)
-        folder.mkdir()
-        (folder / "manifest.json").write_text("{}")
+        write_cache(folder)
 
     models._convert = convert
     models._cached_smollm2()

