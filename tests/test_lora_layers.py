@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from tuning.lora import add_lora, linear_layers, stacked_weights, warn_of_experts
+from tuning.lora import add_lora, linear_layers, warn_of_experts
+from tuning.targets import stacked_weights
 from tuning.training import Classifier, mean_of_tokens
 
 BERT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
 LLAMA = BERT | {"num_key_value_heads": 1, "pad_token_id": 0}
 BART = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24}
@@ -71,7 +74,8 @@ def test_all_linear_leaves_out_other_heads():
     model = tiny("BartForSequenceClassification", BART)
     heads = {path for path in linear_names(model) if path.startswith("classification_head.")}
     assert set(linear_names(model)) - set(linear_layers(model)) == heads and len(heads) == 2
-    classifier = Classifier(tiny("BertModel", BERT), None, 3, mean_of_tokens)
+    tokenizer = SimpleNamespace(model_max_length=64)
+    classifier = Classifier(tiny("BertModel", BERT), tokenizer, 3, mean_of_tokens)
     assert [path for path in linear_names(classifier) if path not in linear_layers(classifier)] == ["head"]
     inner = nn.Sequential(nn.ModuleDict({"head": nn.Linear(4, 4)}))  # only what is a part of the model itself is a head
     assert list(linear_layers(inner)) == ["0.head"]
@@ -111,7 +115,7 @@ def test_without_experts_nothing_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         add_lora(model, "all-linear", rank=2)
-        add_lora(tiny("GPT2LMHeadModel", {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}), rank=2)
+        add_lora(tiny("GPT2LMHeadModel", GPT2), rank=2)
     moe = tiny("Qwen3MoeForCausalLM", LLAMA | EXPERTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,71 +1,88 @@
 """Adapters in peft's file format: what `save_adapter` writes peft loads, and the reverse."""
 
 import json
-import math
-import os
+import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .files import replace, same_trace, trace
 from .lora import (
-    _base,
-    _check_finite,
-    _check_names,
-    _check_new,
-    _new_adapter,
-    _targets,
+    EmbeddingLoRA,
+    LoRA,
     adapted_layers,
-    add_lora,
+    check_finite,
+    check_names,
+    check_new,
+    frozen_modules,
+    insert,
+    new_adapter,
+    trained_copy,
 )
+from .targets import compiled, find_targets, find_whole, matching
+from .wrappers import unwrapped, whole
+
+__all__ = ["pattern_value", "peft_tensors"]
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "peft_type", "init_lora_weights"}
-HARMLESS = {"base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core", "peft_version"}
-HARMLESS |= {"qalora_group_size", "revision", "task_type", "auto_mapping"}
+PREFIX = "base_model.model."  # what peft puts before each name
+READ = {"alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "lora_alpha", "lora_dropout"}
+READ |= {"modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora"}
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "megatron_core"}
+HARMLESS |= {"peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"}
+REFUSED = {"alora_invocation_tokens", "arrow_config", "corda_config", "ensure_weight_tying", "eva_config"}
+REFUSED |= {"kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config"}
+REFUSED |= {"lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters"}
+REFUSED |= {"trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config"}  # other mathematics
+DEFAULTS = {"alpha_pattern": {}, "bias": "none", "exclude_modules": [], "init_lora_weights": True, "lora_dropout": 0.0}
+DEFAULTS |= {"modules_to_save": [], "rank_pattern": {}, "use_rslora": False}
+
+
+def peft_tensors(path, adapter):
+    """{name in peft's files: tensor} of the adapter of the layer `path`; of a trained copy all that it is made of."""
+    if isinstance(adapter, EmbeddingLoRA):
+        parts = {"lora_embedding_A": adapter.A, "lora_embedding_B": adapter.B}
+    elif isinstance(adapter, LoRA):
+        parts = {"lora_A.weight": adapter.A, "lora_B.weight": adapter.B}
+    else:
+        parts = adapter.state_dict()
+    return {f"{PREFIX}{path}.{part}": tensor.detach() for part, tensor in parts.items()}
+
+
+def pattern_value(patterns, path, default):
+    """The value of the first of peft's patterns that the name `path` ends on: a rank or an alpha of some layers."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
 
 
 def save_adapter(folder, model, name="default"):
-    """Write an adapter as peft does: `adapter_model.safetensors` and `adapter_config.json`.
+    """Write an adapter as peft does: `adapter_model.safetensors` and `adapter_config.json`, both or neither.
 
-    The model's name and the lengths of some of its weights go along, to tell another model apart (not a fine-tuned copy
-    of the same one, whose lengths hardly differ).
+    The model's name and the lengths of some of its embeddings go along, to tell another model apart (not a fine-tuned
+    copy of the same one, whose lengths hardly differ). Where several processes train, all call it and the first writes.
 
     Raises:
         ValueError: no such adapter, the model is merged, or a weight is not finite.
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} names no adapter; give the name of the one to save")
-    _check_names(adapted_layers(model), [name])
-    layers = {path: layer for path, layer in adapted_layers(model).items() if name in layer.adapters}
+    layers = adapted_layers(model)
+    check_names(layers, [name])
+    layers = {path: layer for path, layer in layers.items() if name in layer.adapters}
     tensors = {}
     for path, layer in layers.items():
-        for part, key in _keys(path, layer.base).items():
-            tensors[key] = getattr(layer.adapters[name], part).detach().cpu().contiguous()
-    _check_finite(tensors)
-    first = next(iter(layers.values()))
-    adapter = first.adapters[name]
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": _name(model),
-        "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
-        "lora_dropout": adapter.dropout.p,
-        "use_rslora": adapter.rslora,
-        "target_modules": list(layers),
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
-        "bias": "none",
-        "inference_mode": True,
-    }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    trace = json.dumps(_trace(layers))
-    _replace(folder / TENSORS, lambda path: save_file(tensors, path, {"format": "pt", "trace": trace}))
-    _replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1)))
+        for key, tensor in peft_tensors(path, layer.adapters[name]).items():
+            tensors[key] = whole(tensor).cpu().contiguous()
+    check_finite(tensors)
+    metadata = {"format": "pt", "trace": json.dumps(trace(unwrapped(model)))}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _write(Path(folder), tensors, metadata, _settings(model, layers, name))
 
 
 def load_adapter(folder, model, name="default"):
@@ -73,78 +90,140 @@ def load_adapter(folder, model, name="default"):
 
     Raises:
         FileNotFoundError: there is no adapter; ValueError: it is a pickle, it uses what this book does not build, or
-            it does not fit this model (layers, shapes, lengths of weights, or a rank above what a matrix can have), or
+            it does not fit this model (layers, shapes, embeddings, or a rank above what a matrix can have), or
             has a missing, extra or non-finite weight. The model is then as it was.
     """
-    config, tensors, frozen, trace = _read(Path(folder))
-    layers = _targets(model, config["target_modules"])
-    _check_new(layers, name, config["r"], config["lora_alpha"], config["lora_dropout"])
-    bases = {path: _base(layer) for path, layer in layers.items()}
+    config, tensors, frozen, there = _read(Path(folder))
+    modules = frozen_modules(model)
+    copied = _copied(modules, config, tensors)
+    adapters = {}
+    for path, layer in _layers(modules, config, copied).items():
+        rank = pattern_value(config["rank_pattern"], path, config["r"])
+        alpha = pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
+        check_new({path: layer}, name, rank, alpha, config["lora_dropout"])
+        adapters[path] = new_adapter(layer, rank, alpha, config["lora_dropout"], config["use_rslora"])
+    adapters |= {path: trained_copy(modules[path]) for path in copied}
     expected = {}
-    for path, base in bases.items():
-        with torch.device("meta"):
-            adapter = _new_adapter(base, rank=config["r"], alpha=config["lora_alpha"])
-        expected |= {key: getattr(adapter, part).shape for part, key in _keys(path, base).items()}
+    for path, adapter in adapters.items():
+        expected |= peft_tensors(path, adapter)
     _check_fit(folder, expected, tensors)
-    _check_frozen(folder, bases, frozen)
-    if trace and not _same_trace(trace, _trace(layers)):
+    _check_frozen(folder, modules, frozen)
+    here = trace(unwrapped(model))
+    if there and here and not same_trace(there, here):
         raise ValueError(
             f"the adapter in {folder} was trained beside {config.get('base_model_name_or_path')}, and the weights here "
             f"are others; load that model, or train an adapter for this one"
         )
-    settings = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
-    add_lora(model, list(layers), **settings, rslora=config["use_rslora"], name=name)
-    with torch.no_grad():
-        for path, base in bases.items():
-            for part, key in _keys(path, base).items():
-                getattr(model.get_submodule(path).adapters[name], part).copy_(tensors[key])
+    for key, tensor in expected.items():
+        tensor.copy_(tensors[key])
+    insert(model, adapters, name)
 
 
-def _replace(path, write):
-    """Write to a temporary name and rename, so that a killed run leaves no half file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)
+# --- writing
 
 
-def _keys(path, base):
-    """What peft calls an adapter's A and B in its files."""
-    parts = ("lora_embedding_A", "lora_embedding_B")
-    if not isinstance(base, nn.Embedding):
-        parts = ("lora_A.weight", "lora_B.weight")
-    return {part: f"base_model.model.{path}.{key}" for part, key in zip("AB", parts, strict=True)}
+def _settings(model, layers, name):
+    """What peft's `adapter_config.json` says of an adapter; ranks and alphas that differ, by the whole name."""
+    adapters = {path: layer.adapters[name] for path, layer in layers.items()}
+    low = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LoRA)}
+    first = next(iter(low.values()))
+    ranks = {f"^{re.escape(path)}": each.rank for path, each in low.items() if each.rank != first.rank}
+    alphas = {f"^{re.escape(path)}": each.alpha for path, each in low.items() if each.alpha != first.alpha}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(unwrapped(model), "name_or_path", "") or type(unwrapped(model)).__name__,
+        "r": first.rank,
+        "rank_pattern": ranks,
+        "lora_alpha": first.alpha,
+        "alpha_pattern": alphas,
+        "lora_dropout": first.dropout.p,
+        "use_rslora": first.rslora,
+        "target_modules": list(low),
+        "modules_to_save": [path for path in adapters if path not in low] or None,
+        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def _write(folder, tensors, metadata, config):
+    """Write both files, and rename them when both are whole. Without a config there is no adapter, so new tensors never
+    stand beside an old one."""
+
+    def write_tensors(temporary):
+        save_file(tensors, temporary, metadata)
+        (folder / CONFIG).unlink(missing_ok=True)
+
+    def write_config(temporary):
+        temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        replace(folder / TENSORS, write_tensors)
+
+    replace(folder / CONFIG, write_config)
+
+
+# --- reading
 
 
 def _read(folder):
     """An adapter's settings, tensors and trace, refused if they are not what this module builds."""
-    if not (folder / TENSORS).is_file():
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
-        if pickles:
-            raise ValueError(
-                f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is opened; get the adapter as "
-                f"{TENSORS}"
-            )
-        raise FileNotFoundError(f"there is no adapter in {folder}: it has no {TENSORS}")
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if pickles and not (folder / TENSORS).is_file():
+        raise ValueError(
+            f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is opened; get the adapter as "
+            f"{TENSORS}"
+        )
+    for file in (TENSORS, CONFIG):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"there is no adapter in {folder}: it has no {file}")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = _checked(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with safe_open(folder / TENSORS, framework="pt") as file:
-            trace = json.loads((file.metadata() or {}).get("trace", "null"))
+            there = [float(number) for number in json.loads((file.metadata() or {}).get("trace", "[]"))]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        frozen = {key: tensors.pop(key) for key in list(tensors) if ".base_layer." in key}  # of an embedding
-        config = {"lora_dropout": 0.0, "use_rslora": False} | config
-        asked = {key: value for key, value in config.items() if key not in READ | HARMLESS}
-        other = [key for key, value in asked.items() if value and value != "none"]
-        if config["peft_type"] != "LORA" or config.get("init_lora_weights", True) not in (True, False, "gaussian"):
-            other.append("peft_type" if config["peft_type"] != "LORA" else "init_lora_weights")
-        config["r"], config["lora_alpha"], config["target_modules"]  # must be there
-    except FileNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(f"{folder} is no adapter that peft or save_adapter wrote: {error!r}") from error
+    other = sorted(key for key in REFUSED if config.get(key))
+    other += ["bias"] * (config["bias"] != "none") + ["peft_type"] * (config["peft_type"] != "LORA")
+    other += ["init_lora_weights"] * (config["init_lora_weights"] not in (True, False, "gaussian"))
     if other:
         raise ValueError(f"the adapter in {folder} uses {', '.join(other)}, which this book does not build; use peft")
-    _check_finite(tensors)
-    return config, tensors, frozen, trace
+    check_finite(tensors)
+    frozen = {key: tensors.pop(key) for key in list(tensors) if ".base_layer." in key}  # of an embedding
+    return config, tensors, frozen, there
+
+
+def _checked(config):
+    """Settings with what peft leaves out; an error of any kind if they are not of the kind that peft writes."""
+    config = DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
+        compiled(pattern)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        if not isinstance(config[key], str) and not all(isinstance(name, str) for name in config[key]):
+            raise TypeError(f"{key} {config[key]!r} are no names")
+    config["r"], config["lora_alpha"]  # must be there
+    return config
+
+
+def _layers(modules, config, copied):
+    """The layers that a file's adapter stands beside. Names that this model has not are skipped, as peft does."""
+    targets, excluded = config["target_modules"], config["exclude_modules"]
+    if not isinstance(targets, str):
+        targets = [name for name in targets if matching(modules, name)] or targets
+    layers = find_targets(modules, targets, apart=copied)
+    if isinstance(excluded, str):
+        without = [path for path in layers if compiled(excluded).fullmatch(path)]
+    else:
+        without = [path for name in excluded for path in matching(layers, name)]
+    return {path: layer for path, layer in layers.items() if path not in without}
+
+
+def _copied(modules, config, tensors):
+    """The modules of which a file holds a trained copy: peft's names end like the module's, and some are not there."""
+    ends = tuple(config["modules_to_save"])
+    in_file = {key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors if ".lora_" not in key}
+    paths = [path for path in modules if path and path.endswith(ends)]
+    return find_whole(modules, [path for path in paths if any(f"{key}.".startswith(f"{path}.") for key in in_file)])
 
 
 def _check_fit(folder, expected, tensors):
@@ -152,42 +231,22 @@ def _check_fit(folder, expected, tensors):
     if missing or extra:
         kind, key = ("no", min(missing)) if missing else ("an unknown", min(extra))
         raise ValueError(f"the adapter in {folder} does not fit this model: it has {kind} {key}")
-    for key, shape in expected.items():
-        if tensors[key].shape != shape:
+    for key, tensor in expected.items():
+        if tensors[key].shape != tensor.shape:
             raise ValueError(
                 f"the adapter in {folder} does not fit this model: {key} has shape {tuple(tensors[key].shape)}, "
-                f"needed is {tuple(shape)}"
+                f"needed is {tuple(tensor.shape)}"
             )
 
 
-def _check_frozen(folder, bases, frozen):
+def _check_frozen(folder, modules, frozen):
     """peft writes an adapted embedding's frozen weight too; here it must be the model's own."""
     for key, there in frozen.items():
-        path, _, part = key.removeprefix("base_model.model.").rpartition(".base_layer.")
-        here = getattr(bases.get(path), part, None)
+        path, _, part = key.removeprefix(PREFIX).rpartition(".base_layer.")
+        here = getattr(modules.get(path), part, None)
         same = here is not None and here.shape == there.shape
-        if not same or not torch.allclose(here.detach().float().cpu(), there.float(), rtol=0.02, atol=1e-3):
+        if not same or not torch.allclose(whole(here.detach()).float().cpu(), there.float(), rtol=0.02, atol=1e-3):
             raise ValueError(
                 f"the adapter in {folder} was trained beside another {path} (more tokens, or a trained one), which "
                 f"comes with it as {key}; load that model, or use peft"
             )
-
-
-def _trace(layers):
-    """Lengths of the frozen weights of the first and last few layers: nearly the same in every dtype."""
-    paths = sorted(layers)
-    return {path: _numbers(layers[path]).float().norm().item() for path in paths[:4] + paths[-4:]}
-
-
-def _numbers(layer):
-    """A frozen weight; one in four bits as what its codes stand for."""
-    base = _base(layer)
-    return base.dequantized(torch.float32) if hasattr(base, "dequantized") else base.weight.detach()
-
-
-def _same_trace(there, here):
-    return there.keys() == here.keys() and all(math.isclose(there[path], here[path], rel_tol=0.02) for path in here)
-
-
-def _name(model):
-    return getattr(model, "name_or_path", "") or type(model).__name__

@@ -42,14 +42,19 @@ def trace(model):
     """What tells a model from others: the shape of its input embeddings and the lengths of sixteen of their rows.
 
     They are nearly the same in every dtype, and stay whole where linear layers are put in four bits. A copy that was
-    fine-tuned hardly differs. A module without input embeddings leaves the trace of its first matrix.
+    fine-tuned hardly differs. A module without input embeddings leaves the trace of its first matrix, adapters aside.
 
     Returns:
-        A list of numbers: the rows, the columns, and the lengths.
+        A list of numbers: the rows, the columns, and the lengths; an empty one if there is no matrix.
     """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    weights = [embeddings.weight] if embeddings is not None else model.parameters()
-    weight = next(weight.detach() for weight in weights if weight.dim() == 2 and weight.is_floating_point())
+    named = {"": embeddings.weight} if embeddings is not None else dict(model.named_parameters())
+    frozen = [weight.detach() for name, weight in named.items() if ".adapters." not in name]
+    weight = next((weight for weight in frozen if weight.dim() == 2 and weight.is_floating_point()), None)
+    if weight is None:
+        return []
+    if hasattr(weight, "full_tensor"):  # where FSDP has cut it into pieces
+        weight = weight.full_tensor()
     some = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
     return [*weight.shape, *weight[some].float().norm(dim=1).tolist()]
 

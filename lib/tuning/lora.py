@@ -2,20 +2,21 @@
 
 `add_lora` puts an adapter beside each chosen layer, in place; `use_adapter` switches between several of them, also
 row by row in one batch; `merge` folds one into the weights. `tuning.adapter_files` saves and loads them.
+
+Layers have the names of the bare model, whatever is wrapped around it (`tuning.wrappers`).
 """
 
+import copy
 import math
-import re
-import warnings
-from collections import Counter
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .wrappers import bare_modules, unwrapped
+from .targets import all_linear, find_targets, find_whole, sizes, warn_of_experts
+from .wrappers import bare_modules, inner_name, put_module
 
 __all__ = ["AdaptedLayer", "EmbeddingLoRA", "LoRA", "add_lora", "merge", "unmerge", "use_adapter"]
 
@@ -102,7 +103,37 @@ class AdaptedLayer(nn.Module):
         return self.base.bias
 
 
-def add_lora(model, targets="all-linear", rank=8, alpha=16, dropout=0.0, rslora=False, name="default"):
+class TrainedCopy(AdaptedLayer):
+    """A frozen module and, by an adapter's name, a copy of it that is trained whole: peft's `modules_to_save`.
+
+    It is for what is new in a model, such as a classifier's head. Copies are float32 over 16 bits, as adapters are.
+    """
+
+    def forward(self, x, **options):
+        if not isinstance(self.active, list):
+            return self.answer(self.active, x, **options)
+        _check_rows(self.active, x)
+        return torch.cat([self.answer(name, x[i : i + 1], **options) for i, name in enumerate(self.active)])
+
+    def answer(self, name, x, **options):
+        """What the copy of an adapter answers; None is the frozen module."""
+        if name is None:
+            return self.base(x, **options)
+        trained = self.adapters[name]
+        x = x.to(_dtype(trained)) if x.is_floating_point() else x  # an embedding's are token ids
+        return trained(x, **options).to(_dtype(self.base))
+
+
+def add_lora(
+    model,
+    targets="all-linear",
+    rank=8,
+    alpha=16,
+    dropout=0.0,
+    rslora=False,
+    name="default",
+    modules_to_save=(),
+):
     """Freeze the model, put an adapter beside each target, in place, and make it the active one.
 
     Args:
@@ -111,6 +142,7 @@ def add_lora(model, targets="all-linear", rank=8, alpha=16, dropout=0.0, rslora=
             e.g. `["q_proj", "v_proj"]`; "all-linear" is every linear layer but the output embedding or the head of a
             classifier. Another text is a pattern that whole names must match, as in peft's files.
         rank, alpha, dropout, rslora: as in `LoRA`.
+        modules_to_save: names of modules of which the adapter trains a whole copy, e.g. `["score"]`, a new head.
 
     Returns:
         The names of the adapted layers, in the model's order.
@@ -120,20 +152,31 @@ def add_lora(model, targets="all-linear", rank=8, alpha=16, dropout=0.0, rslora=
             nothing or is no such layer, a tied weight, a merged model, or a name that is in use or cannot be used.
             The model is then as it was.
     """
-    layers = _targets(model, targets)
-    _check_new(layers, name, rank, alpha, dropout)
-    _check_free(model, name)
+    modules = frozen_modules(model)
+    copied = find_whole(modules, modules_to_save)
+    layers = find_targets(modules, targets, apart=copied)
+    check_new(layers, name, rank, alpha, dropout)
+    adapters = {path: new_adapter(layer, rank, alpha, dropout, rslora) for path, layer in layers.items()}
+    adapters |= {path: trained_copy(modules[path]) for path in copied}
+    insert(model, adapters, name)
     if targets == "all-linear":
         warn_of_experts(model, layers, "adapts")
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        if not isinstance(layer, AdaptedLayer):
-            layer = AdaptedLayer(layer).train(layer.training)
-            model.set_submodule(path, layer)
-        adapter = _new_adapter(layer.base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora)
-        layer.adapters[name] = adapter.to(layer.weight.device).train(layer.training)
-    use_adapter(model, name)
     return list(layers)
+
+
+def insert(model, adapters, name):
+    """Freeze the model and put adapters, {name of the layer: adapter}, beside their layers; they are then active."""
+    _check_free(model, adapters, name)
+    model.requires_grad_(False)
+    modules = bare_modules(model)
+    for path, adapter in adapters.items():
+        layer = modules[path]
+        if not isinstance(layer, AdaptedLayer):
+            kind = AdaptedLayer if isinstance(adapter, LoRA) else TrainedCopy
+            layer = kind(layer).train(layer.training)
+            put_module(model, path, layer)
+        layer.adapters[name] = adapter.train(layer.training)
+    use_adapter(model, name)
 
 
 def use_adapter(model, name):
@@ -147,7 +190,7 @@ def use_adapter(model, name):
     """
     layers = adapted_layers(model)
     names = name if isinstance(name, list) else [name]
-    _check_names(layers, names)
+    check_names(layers, names)
     for layer in layers.values():
         known = [each if each in layer.adapters else None for each in names]
         layer.active = known if isinstance(name, list) else known[0]
@@ -175,166 +218,105 @@ def unmerge(model):
 
 
 def unload(model):
-    """Put the frozen layers back in place of the adapted ones, in place; a merged adapter stays in their weights."""
-    for path, layer in adapted_layers(model).items():
-        model.set_submodule(path, layer.base)
+    """Put the frozen layers back in place of the adapted ones, in place.
+
+    A merged adapter stays: in the layers' weights, and as its copies of modules that it trained whole.
+    """
+    layers = adapted_layers(model)
+    merged = next((layer.merged for layer in layers.values() if layer.merged), None)
+    for path, layer in layers.items():
+        copied = isinstance(layer, TrainedCopy) and merged in layer.adapters
+        put_module(model, path, layer.adapters[merged].to(_dtype(layer.base)) if copied else layer.base)
     return model
 
 
 def adapted_layers(model):
     """The adapted layers of a model, by name; an error if there is none."""
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdaptedLayer)}
+    layers = {path: layer for path, layer in bare_modules(model).items() if isinstance(layer, AdaptedLayer)}
     if not layers:
         raise ValueError("this model has no adapter; call add_lora or load_adapter first")
     return layers
 
 
-# --- which layers
+def frozen_modules(model):
+    """{name in the bare model: module} as it was before any adapter: an adapted layer counts as its frozen one."""
 
-HEADS = ("score", "classifier", "classification_head", "qa_outputs", "head")  # transformers' names, and this book's
+    def inner(module):
+        return "base" if isinstance(module, AdaptedLayer) else inner_name(module)
+
+    adapters = [layer.adapters for layer in model.modules() if isinstance(layer, AdaptedLayer)]
+    unseen = {id(part) for named in adapters for part in named.modules()}
+    return {path: module for path, module in bare_modules(model, inner).items() if id(module) not in unseen}
 
 
 def linear_layers(model):
     """What "all-linear" means: every linear layer but the output embedding and what is in a task's head.
 
-    peft's rule, with its task types. The output embedding is large and often tied; a head is new, and trained whole.
-
     Returns:
         {name in the bare model: layer}, in the model's order. A layer that has adapters is there as its `AdaptedLayer`.
     """
-    bare = unwrapped(model)
-    output = getattr(bare, "get_output_embeddings", lambda: None)()
-    output = None if output is None else unwrapped(output)
-    return {
-        path: layer
-        for path, layer in _outer_layers(model).items()
-        if isinstance(_base(layer), (nn.Linear, Conv1D)) and layer is not output and path.split(".")[0] not in HEADS
-    }
-
-
-def warn_of_experts(model, layers, verb):
-    """Say so if weights of linear maps are in no layer: a mixture of experts may stack them in one parameter.
-
-    Args:
-        layers: {name: layer} that something is done to; verb: what is done, e.g. "adapts".
-    """
-    stacked = stacked_weights(model)
-    if stacked:
-        reached = sum(math.prod(_sizes(_base(layer))) for layer in layers.values())
-        share = reached / (reached + sum(stacked.values()))
-        warnings.warn(
-            f"this {verb} layers with {share:.1%} of the weights of this model's linear maps. The rest is stacked in "
-            f"parameters that belong to no linear layer, and is left out: {next(iter(stacked))} and "
-            f"{len(stacked) - 1} more",
-            stacklevel=3,
-        )
-
-
-def stacked_weights(model):
-    """{name in the bare model: how many numbers} of parameters that hold a stack of matrices, one for each expert."""
-    return {
-        f"{path}.{name}": weight.numel()
-        for path, module in bare_modules(model).items()
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3 and len(weight) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
-    }
-
-
-def _outer_layers(model):
-    """{name in the bare model: module} without what is inside of an `AdaptedLayer`."""
     modules = bare_modules(model)
-    inside = {id(part) for module in modules.values() if isinstance(module, AdaptedLayer) for part in module.modules()}
-    return {p: m for p, m in modules.items() if p and (isinstance(m, AdaptedLayer) or id(m) not in inside)}
+    return {path: modules[path] for path in all_linear(frozen_modules(model))}
 
 
-def _sizes(base):
-    """(in_features, out_features) of a layer; an embedding maps the vocabulary to the hidden size."""
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    return tuple(base.weight.shape)  # nn.Embedding and Conv1D keep their weight as (in, out)
+def new_adapter(layer, rank, alpha, dropout=0.0, rslora=False):
+    """A new adapter for a frozen layer, on its device."""
+    settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora}
+    if isinstance(layer, nn.Embedding):
+        adapter = EmbeddingLoRA(*sizes(layer), padding_idx=layer.padding_idx, **settings)
+    else:
+        adapter = LoRA(*sizes(layer), **settings)
+    return adapter.to(layer.weight.device)
 
 
-def _new_adapter(base, **settings):
-    if isinstance(base, nn.Embedding):
-        return EmbeddingLoRA(*_sizes(base), padding_idx=base.padding_idx, **settings)
-    return LoRA(*_sizes(base), **settings)
+def trained_copy(module):
+    """A copy of a frozen module to train, in float32 or better."""
+    return copy.deepcopy(module).to(torch.promote_types(_dtype(module), torch.float32))
 
 
-def _targets(model, targets):
-    """The layers that `targets` names, by their whole name: peft's rules."""
-    layers = _outer_layers(model)
-    if isinstance(targets, str) and targets != "all-linear":  # peft's files may hold a pattern
-        matching = {path: layer for path, layer in layers.items() if re.fullmatch(targets, path)}
-        return _check_targets(model, matching, f"{targets} (a pattern of whole names; put names in a list)")
-    if targets == "all-linear":
-        return _check_targets(model, linear_layers(model))
-    found = {}
-    for target in targets:
-        matching = [path for path in layers if path == target or path.endswith(f".{target}")]
-        if not matching:
-            _check_targets(model, {}, target)
-        found |= {path: layers[path] for path in matching}
-    return _check_targets(model, {path: layer for path, layer in layers.items() if path in found})
+def _dtype(module):
+    return next(module.parameters()).dtype
 
 
-def _base(layer):
-    return layer.base if isinstance(layer, AdaptedLayer) else layer
+# --- checks
 
 
-def _check_targets(model, layers, target=None):
-    kinds = (nn.Linear, nn.Embedding, Conv1D)
-    if not layers:
-        there = {path.rsplit(".", 1)[-1] for path, layer in model.named_modules() if isinstance(layer, kinds)}
-        asked = "the targets match" if target is None else f"target {target!r} matches"
-        raise ValueError(f"{asked} no layer; this model's linear layers and embeddings end on {sorted(there)}")
-    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    for path, layer in layers.items():
-        base = _base(layer)
-        if not isinstance(base, kinds) or (isinstance(base, nn.Embedding) and type(base) is not nn.Embedding):
-            raise ValueError(
-                f"{path} is a {type(base).__name__}; adapters stand beside nn.Linear, nn.Embedding, Conv1D"
-            )
-        parent = model.get_submodule(path.rpartition(".")[0])
-        if isinstance(base, NonDynamicallyQuantizableLinear) or isinstance(parent, nn.TransformerEncoderLayer):
-            raise ValueError(
-                f"{path} belongs to nn.{type(parent).__name__}, which may use the weight without calling the layer"
-            )
-        if uses[id(base.weight)] > 1:
-            raise ValueError(
-                f"the weight of {path} is tied: another layer uses it too, and merging would change both; first set "
-                f"config.tie_word_embeddings = False and give one of them a copy, nn.Parameter(weight.detach().clone())"
-            )
-    return layers
-
-
-def _check_new(layers, name, rank, alpha, dropout):
+def check_new(layers, name, rank, alpha, dropout):
+    """Refuse a name, rank, alpha or dropout that a new adapter of these layers cannot have."""
     if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"{name!r} cannot name an adapter; use letters, digits and _, e.g. 'reviews'; torch has taken some"
         )
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank {rank!r} is none; it must be a whole number from 1 up, e.g. 8")
-    if not alpha > 0:
+    if not isinstance(alpha, Real) or not 0 < alpha < math.inf:
         raise ValueError(f"alpha {alpha!r} must be above 0, e.g. 16")
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout!r} is no probability below 1, e.g. 0.05")
     for path, layer in layers.items():
-        if rank > min(_sizes(_base(layer))):
-            shape = " x ".join(map(str, _sizes(_base(layer))))
+        if rank > min(sizes(layer)):
+            shape = " x ".join(map(str, sizes(layer)))
             raise ValueError(f"rank {rank} is above what a {shape} matrix can have ({path}); choose a lower one")
 
 
-def _check_free(model, name):
-    """No adapter of this name, and nothing merged."""
-    for path, layer in model.named_modules():
+def _check_free(model, adapters, name):
+    """Nothing is merged, no adapter has this name, and none trains by low rank what another trains whole."""
+    whole = [path for path, adapter in adapters.items() if not isinstance(adapter, LoRA)]
+    for path, layer in bare_modules(model).items():
         if isinstance(layer, AdaptedLayer):
             if layer.merged:
                 raise ValueError(f"adapter {layer.merged!r} is merged into the weights; call unmerge first")
             if name in layer.adapters:
                 raise ValueError(f"there is an adapter {name!r} already (at {path}); give the new one another name")
+            mixed = path in adapters and (path in whole) != isinstance(layer, TrainedCopy)
+            if mixed or any(path.startswith(f"{outer}.") for outer in whole):
+                raise ValueError(
+                    f"{path} would be trained whole by one adapter and by low rank by another; choose one way for both"
+                )
 
 
-def _check_names(layers, names):
+def check_names(layers, names):
+    """Refuse a name that no adapter has, and a merged model."""
     known = {name for layer in layers.values() for name in layer.adapters}
     for name in names:
         if name is not None and name not in known:
@@ -349,7 +331,8 @@ def _check_rows(names, x):
         raise ValueError(f"{len(names)} rows were given an adapter and the batch has {len(x)}; call use_adapter again")
 
 
-def _check_finite(tensors):
+def check_finite(tensors):
+    """Refuse a tensor that holds a number that is not finite."""
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds numbers that are not finite; train again with a lower rate")
@@ -358,12 +341,12 @@ def _check_finite(tensors):
 def _to_merge(model):
     """The layers whose active adapter can be merged."""
     layers = adapted_layers(model)
-    _check_names(layers, [])
-    chosen = [layer for layer in layers.values() if layer.active is not None]
+    check_names(layers, [])
+    chosen = [layer for layer in layers.values() if layer.active is not None and not isinstance(layer, TrainedCopy)]
     if not chosen or any(isinstance(layer.active, list) for layer in chosen):
         raise ValueError("merge folds one adapter into the weights; choose it with use_adapter(model, name)")
     for layer in chosen:
         if not layer.base.weight.is_floating_point():
             raise ValueError("the weights are in four bits, which cannot hold the change; see qlora.dequantize_model")
-        _check_finite(layer.adapters[layer.active].state_dict())
+        check_finite(layer.adapters[layer.active].state_dict())
     return chosen

@@ -1,4 +1,4 @@
-"""Names of the bare model: what torch.compile, DataParallel, FSDP or checkpointing puts around a module is seen through.
+"""Names of the bare model: what torch.compile, DataParallel, FSDP or checkpointing wraps around a module is unseen.
 
 A wrapper adds a part to the name of all that is in it (`_orig_mod.score`), which no other program expects in a file.
 """
@@ -24,14 +24,18 @@ def unwrapped(module):
     return module
 
 
-def bare_modules(model):
-    """{name: module} of all that is in a model, under the names that it has in the bare one; wrappers are not there."""
+def bare_modules(model, inner=inner_name):
+    """{name: module} of all that is in a model, under the names that it has in the bare one; wrappers are not there.
+
+    Args:
+        inner: a function that tells wrappers from other modules, as `inner_name` does.
+    """
     names, found = {}, {}
     for path, module in model.named_modules():
         outer, _, own = path.rpartition(".")
         if not path:
             names[path] = ""
-        elif own == inner_name(model.get_submodule(outer)):
+        elif own == inner(model.get_submodule(outer)):
             names[path] = names[outer]
         else:
             names[path] = f"{names[outer]}.{own}".removeprefix(".")
