@@ -253,3 +253,5 @@ def test_quantizing_twice_and_wrong_buffers():
         dequantize(replace(quantized, codes=quantized.codes[:-1]))
     with pytest.raises(ValueError, match="scales have shape"):
         dequantize(replace(quantized, scales=quantized.scales[:-1]))
+    with pytest.raises(ValueError, match="unknown kind 'nf3'"):
+        dequantize(replace(quantized, kind="nf3"))

@@ -3,18 +3,39 @@
 import copy
 import json
 import logging
+import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+from transformers.pytorch_utils import Conv1D
 from tuning.adapter_files import load_adapter, save_adapter
 from tuning.four_bit_files import SETTINGS, TENSORS, load_lm_4bit, save_4bit
 from tuning.lora import add_lora, merge
 from tuning.nf4 import dequantize, quantize, quantize_scales
-from tuning.qlora import Linear4bit, PagedAdamW, dequantize_model, prepare_for_training, quantize_model
+from tuning.qlora import Linear4bit, PagedAdamW, dequantize_model, four_bit, prepare_for_training, quantize_model
+from tuning.training import Classifier
+from tuning.wrappers import bare_modules
 
 logging.disable(logging.WARNING)
 import bitsandbytes as bnb  # noqa: E402
@@ -308,9 +329,19 @@ def test_files_that_are_not_right(tiny_llama, tmp_path):
         with pytest.raises(ValueError, match="truncated or altered"):
             load_lm_4bit(tmp_path / "four", "cpu")
     file.write_bytes(whole)
-    changed = json.loads(settings.read_text()) | {"block_size": 32}
-    settings.write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match="scales have shape"):
+    written = json.loads(settings.read_text())
+    path, kept = next(iter(written["layers"].items()))
+    for changed, message in (
+        ({"layers": {path: kept | {"block_size": 32}}}, f"{path}: scales have shape"),
+        ({"layers": {path: kept | {"kind": "nf3"}}}, "unknown kind 'nf3'"),
+        ({"format": 3}, "newer version"),
+    ):
+        settings.write_text(json.dumps(written | changed))
+        with pytest.raises(ValueError, match=message):
+            load_lm_4bit(tmp_path / "four", "cpu")
+    settings.write_text(json.dumps(written))
+    file.unlink()
+    with pytest.raises(ValueError, match=r"cannot be read.*No such file"):
         load_lm_4bit(tmp_path / "four", "cpu")
     config = json.loads((folder / "config.json").read_text()) | {"hidden_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
@@ -326,3 +357,265 @@ def test_dequantized_is_what_the_codes_stand_for():
     layer = Linear4bit(quantize(weight))
     assert torch.equal(layer.dequantized(torch.float32), dequantize(quantize(weight)).float())
     assert "4.500 bits" in repr(layer)
+
+
+# --- files of layers that are not alike
+
+
+def tiny_llama_of(**sizes):
+    torch.manual_seed(0)
+    config = {"vocab_size": 50, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**config, **sizes)).eval()
+
+
+ODD = {"hidden_size": 60, "intermediate_size": 75, "num_hidden_layers": 2}  # rows that fill no block
+EVEN = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+
+
+def in_four_bits(model):
+    return {path: layer for path, layer in bare_modules(model).items() if isinstance(layer, Linear4bit)}
+
+
+@pytest.mark.parametrize("sizes", [ODD, EVEN])
+def test_layers_that_are_not_alike_are_loaded_each_as_it_was(tiny_llama, tmp_path, sizes):
+    model, tokenizer = tiny_llama_of(**sizes), load_lm_4bit(tiny_llama[1], "cpu")[1]
+    ways = [("nf4", 64, True), ("fp4", 64, True), ("int4", 64, False), ("nf4", 32, True), ("nf4", 128, False)]
+    linear = [path for path, layer in model.model.named_modules() if isinstance(layer, nn.Linear)]
+    for place, path in enumerate(linear):
+        layer = model.model.get_submodule(path)
+        model.model.set_submodule(path, four_bit(layer, *ways[place % len(ways)]))
+    save_4bit(tmp_path / "four", model, tokenizer)
+    again, _ = load_lm_4bit(tmp_path / "four", "cpu", torch.float32)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    for place, path in enumerate(linear):
+        record = again.model.get_submodule(path).record
+        assert (record.kind, record.block_size) == ways[place % len(ways)][:2]
+
+
+def test_files_of_the_first_format_are_read(tiny_llama, tmp_path):
+    model, tokenizer = load_lm_4bit(tiny_llama[1], "cpu", kind="fp4", block_size=32)
+    save_4bit(tmp_path / "four", model, tokenizer)
+    settings = tmp_path / "four" / SETTINGS
+    new = json.loads(settings.read_text())
+    layers = {path: [*layer["shape"], layer["dtype"]] for path, layer in new["layers"].items()}
+    settings.write_text(json.dumps({"kind": "fp4", "block_size": 32, "layers": layers, "sha256": new["sha256"]}))
+    assert torch.equal(load_lm_4bit(tmp_path / "four", "cpu")[0](IDS).logits, model(IDS).logits)
+
+
+def test_a_save_that_is_broken_off_is_noticed(tiny_llama, tmp_path, monkeypatch):
+    _, tokenizer = load_lm_4bit(tiny_llama[1], "cpu")
+    old, new = (quantize_model(tiny_llama_of(**EVEN, rms_norm_eps=eps)) for eps in (1e-6, 1e-1))
+    rename, found = Path.replace, []
+    for allowed in range(20):
+        left, folder = [allowed], tmp_path / str(allowed)
+
+        def replace(path, target, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return rename(path, target)
+
+        save_4bit(folder, old, tokenizer)
+        monkeypatch.setattr(Path, "replace", replace)
+        try:
+            save_4bit(folder, new, tokenizer)
+        except KeyboardInterrupt:
+            with pytest.raises(ValueError, match="broken off; save the model again"):
+                load_lm_4bit(folder, "cpu", torch.float32)
+        else:
+            found.append(allowed)
+        monkeypatch.setattr(Path, "replace", rename)
+    assert found and found == list(range(found[0], 20)) and found[0] >= 4  # config, tensors, tokenizer, settings
+    save_4bit(tmp_path / "1", new, tokenizer)
+    assert torch.equal(load_lm_4bit(tmp_path / "1", "cpu", torch.float32)[0](IDS).logits, new(IDS).logits)
+
+
+# --- which layers
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("build", "head"),
+    [
+        (lambda: LlamaForSequenceClassification(LlamaConfig(**SMALL, pad_token_id=0)), "score"),
+        (lambda: BertForSequenceClassification(BertConfig(**SMALL)), "classifier"),
+        (lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL)), "classifier"),
+    ],
+)
+def test_a_head_is_not_put_in_four_bits(build, head):
+    torch.manual_seed(0)
+    model = build().eval()
+    kept = {name: weight.clone() for name, weight in model.get_submodule(head).named_parameters()}
+    linear = {path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    quantize_model(model)
+    assert set(in_four_bits(model)) == {path for path in linear if path.split(".")[0] != head}
+    for name, weight in model.get_submodule(head).named_parameters():
+        assert torch.equal(weight, kept[name])
+    assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_the_head_of_the_books_classifier_is_not_put_in_four_bits(bert):
+    torch.manual_seed(0)
+    body = BertModel(BertConfig(**SMALL), add_pooling_layer=False)
+    model = quantize_model(Classifier(body, bert[1], 3, lambda states, mask: states[:, 0]))
+    assert type(model.head) is nn.Linear and len(in_four_bits(model)) == 6
+    assert model(["paris is in france"]).shape == (1, 3)
+
+
+def tiny_experts():
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **SMALL, num_key_value_heads=1, head_dim=16, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def test_experts_that_are_left_out_are_named(tiny_llama, tmp_path):
+    model = tiny_experts()
+    reached = sum(layer.weight.numel() for path, layer in model.named_modules() if path.endswith("_proj"))
+    experts = [weight.numel() for name, weight in model.named_parameters() if ".experts." in name]
+    with pytest.warns(UserWarning, match=f"quantizes layers with {reached / (reached + sum(experts)):.1%}.*experts"):
+        quantize_model(model)
+    assert len(in_four_bits(model)) == 4 and model(IDS).logits.isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(tiny_llama[0])
+
+
+@pytest.mark.filterwarnings("ignore:this quantizes")
+def test_files_that_transformers_converts_are_refused(tiny_llama, tmp_path):
+    folder = tiny_llama[1]
+    tiny_experts().save_pretrained(folder)  # a file of an expert each
+    with pytest.raises(ValueError, match=r"experts\.0.*load_lm and then quantize_model"):
+        load_lm_4bit(folder, "cpu")
+
+
+# --- Conv1D: GPT-2's layers, which keep their weight as (in, out)
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (33, 7)])  # (in, out)
+@pytest.mark.parametrize("double", [True, False])
+def test_a_conv1d_in_four_bits_is_the_linear_layer_of_its_transpose(shape, double):
+    torch.manual_seed(0)
+    conv, linear = Conv1D(shape[1], shape[0]), nn.Linear(*shape)
+    linear.weight.data, linear.bias.data = conv.weight.data.T.contiguous(), conv.bias.data.normal_()
+    x = torch.randn(2, 3, shape[0])
+    ours, expected = (four_bit(layer, double=double) for layer in (conv, linear))
+    assert ours.in_features == shape[0] and torch.equal(ours(x), expected(x))
+    assert torch.equal(ours.dequantized(torch.float32), expected.dequantized(torch.float32))
+
+
+def test_a_whole_gpt2_is_transformers_own(tiny_gpt2, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 16}  # 64: see `unpacked`
+    GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2)).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((tiny_gpt2 / file).read_bytes())
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    options = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, **options).train()
+    for part in expected.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    read, _ = load_lm_4bit(tmp_path, "cpu", torch.float32, double=False)
+    whole = quantize_model(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), double=False)
+    for ours in (read, whole):
+        assert len(in_four_bits(ours)) == 8
+        assert torch.equal(ours(IDS).logits, expected(IDS).logits)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_gpt2_in_four_bits_is_saved_trained_and_dequantized(tiny_gpt2, tmp_path, double):
+    model, tokenizer = load_lm_4bit(tiny_gpt2, "cpu", torch.float32, double=double)
+    expected = model(IDS).logits
+    save_4bit(tmp_path / "four", model, tokenizer)
+    again, _ = load_lm_4bit(tmp_path / "four", "cpu", torch.float32)
+    assert torch.equal(again(IDS).logits, expected)
+    add_lora(again, rank=2, alpha=8)
+    again(input_ids=IDS, labels=IDS).loss.backward()
+    assert any(weight.grad.any() for weight in again.parameters() if weight.requires_grad)
+    torch.testing.assert_close(dequantize_model(model)(IDS).logits, expected)
+    assert type(model.transformer.h[0].attn.c_attn) is nn.Linear
+
+
+def test_older_files_of_a_gpt2_are_read(tiny_gpt2, tiny_llama, tmp_path):
+    """Without the name of the part that all heads share, and with the mask that the model computes."""
+    folder = tmp_path / "old"
+    model, tokenizer = load_lm_4bit(tiny_gpt2, "cpu")
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = {
+        key.removeprefix("transformer."): tensor for key, tensor in load_file(tiny_gpt2 / "model.safetensors").items()
+    }
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 256, 256)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(load_lm_4bit(folder, "cpu")[0](IDS).logits, model(IDS).logits)
+
+
+def test_a_model_without_linear_layers_cannot_be_read(tiny_llama):
+    folder = tiny_llama[1]
+    model = tiny_llama_of(**EVEN | {"num_hidden_layers": 0})
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="no linear layer"):
+        load_lm_4bit(folder, "cpu")
+
+
+# --- wrappers
+
+
+def compiled_inside(model):
+    model.model.layers[0].mlp.up_proj.compile(backend="eager")
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "data parallel": nn.DataParallel,
+    "compiled in data parallel": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "a layer compiled": compiled_inside,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_wrapped_model_is_quantized_as_the_bare_one(tiny_llama, tmp_path, wrap, tied):
+    model, tokenizer = tiny_llama_of(**ODD, tie_word_embeddings=tied), load_lm_4bit(tiny_llama[1], "cpu")[1]
+    bare = quantize_model(copy.deepcopy(model))
+    expected = bare(IDS, use_cache=False).logits
+    wrapped = wrap(model)
+    wrapped(IDS, use_cache=False)  # a compiled model must not go on with what it was
+    quantize_model(wrapped)
+    assert set(in_four_bits(wrapped)) == set(in_four_bits(bare))
+    assert torch.equal(wrapped(IDS, use_cache=False).logits, expected)
+    save_4bit(tmp_path / "four", wrapped, tokenizer)
+    again, _ = load_lm_4bit(tmp_path / "four", "cpu", torch.float32)
+    assert torch.equal(again(IDS, use_cache=False).logits, expected)
+    with pytest.raises(ValueError, match="four bits already"):
+        quantize_model(wrapped)
+    dequantize_model(wrapped)
+    assert not in_four_bits(wrapped)
+    torch.testing.assert_close(wrapped(IDS, use_cache=False).logits, expected)
+
+
+def test_a_layer_that_is_compiled_alone_is_replaced_inside():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.compile(nn.Linear(40, 64), backend="eager"), nn.Tanh(), nn.Linear(64, 8))
+    x = torch.randn(3, 40)
+    model(x)
+    expected = nn.Sequential(four_bit(model[0]._orig_mod), nn.Tanh(), four_bit(model[2]))(x)
+    quantize_model(model)
+    assert torch.equal(model(x), expected)
+    dequantize_model(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("double", [True, False])
+def test_a_model_in_four_bits_is_compiled_in_one_graph(double):
+    torch._dynamo.reset()
+    model = quantize_model(tiny_llama_of(**ODD), double=double)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits)

@@ -195,8 +195,10 @@ def scale_up(numbers, scales, block_size):
 
 
 def check_quantized(quantized, path="the weight"):
-    """Raise ValueError where the lengths of a weight's tensors do not fit its shape."""
+    """Raise ValueError where the kind is unknown or the lengths of a weight's tensors do not fit its shape."""
     q, n = quantized, quantized.shape.numel()
+    if q.kind not in LEVELS:
+        raise ValueError(f"{path}: unknown kind {q.kind!r}; expected one of {', '.join(LEVELS)}")
     blocks = -(-n // q.block_size)
     expected = {"codes": (q.codes, -(-n // 2)), "scales": (q.scales, blocks)}
     if q.second is not None:

@@ -9,10 +9,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from .lora import AdaptedLayer
+from .lora import AdaptedLayer, linear_layers, warn_of_experts
 from .nf4 import dequantize, quantize, quantize_scales
 from .training import checkpoint_activations, restore_states
+from .wrappers import bare_modules, put_module
 
 __all__ = ["FourBitProduct", "Linear4bit", "PagedAdamW", "dequantize_model", "prepare_for_training", "quantize_model"]
 
@@ -91,14 +93,11 @@ class Linear4bit(KeepsBuffers):
         return f"{self.in_features} -> {self.out_features}, {self.quantized().bits():.3f} bits"
 
 
-def linear_layers(model):
-    """{path: layer} of a model's linear layers but the output layer."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return {p: layer for p, layer in model.named_modules() if isinstance(layer, nn.Linear) and layer is not output}
-
-
 def quantize_model(model, kind="nf4", block_size=64, double=True):
-    """Replace every linear layer but the output layer by its `Linear4bit`, in place; the model is frozen then.
+    """Replace all linear layers (`lora.linear_layers`) by their `Linear4bit`, in place; the model is frozen then.
+
+    The output embedding and a task's head stay as they are. A warning names weights that are in no layer, such as a
+    stack of experts.
 
     Raises:
         ValueError: no linear layer, or one that is quantized already, has an adapter or cannot be quantized.
@@ -109,34 +108,37 @@ def quantize_model(model, kind="nf4", block_size=64, double=True):
     for path, layer in layers.items():
         if isinstance(layer, Linear4bit):
             raise ValueError(f"{path} is in four bits already")
-        if ".adapters." in path or path.endswith(".base"):
-            raise ValueError(f"{path} belongs to an adapter; quantize the model first, then call add_lora")
+        if isinstance(layer, AdaptedLayer):
+            raise ValueError(f"{path} has an adapter; quantize the model first, then call add_lora")
+    warn_of_experts(model, layers, "quantizes")
     model.requires_grad_(False)
     for path, layer in layers.items():
-        model.set_submodule(path, four_bit(layer, kind, block_size, double))
+        put_module(model, path, four_bit(layer, kind, block_size, double))
     return model
 
 
 def four_bit(layer, kind="nf4", block_size=64, double=True):
-    """A linear layer in four bits."""
-    quantized = quantize(layer.weight, kind, block_size)
+    """A linear layer in four bits; of a `Conv1D`, which keeps its weight as (in, out), the transpose."""
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight  # (out, in)
+    quantized = quantize(weight, kind, block_size)
     return Linear4bit(quantize_scales(quantized) if double else quantized, layer.bias).train(layer.training)
 
 
 def dequantize_model(model):
     """Put plain linear layers back, in place, with what the codes stand for, in the dtype of the model's first weight.
 
-    That is the embedding's; after `prepare_for_training` it is float32.
+    That is the embedding's; after `prepare_for_training` it is float32. What was a `Conv1D` is an `nn.Linear` then, as
+    with transformers' `dequantize`: the weights of a GPT-2 no longer are as its files have them.
     """
     dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
-    for path, layer in list(model.named_modules()):
+    for path, layer in bare_modules(model).items():
         if isinstance(layer, Linear4bit):
             with torch.device("meta"):
                 plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
             weight = layer.dequantized(dtype or layer.record.dtype)
             plain.weight = nn.Parameter(weight, requires_grad=False)
             plain.bias = layer.bias
-            model.set_submodule(path, plain.train(layer.training))
+            put_module(model, path, plain.train(layer.training))
     return model
 
 
