@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_reviews, load_superglue, load_wic
@@ -131,6 +132,37 @@ def test_bad_lama_line_names_file_and_line(line, fault, tmp_path):
     path.write_text('{"sub_label": "Rome", "obj_label": "Italy"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"P17.jsonl, {fault}.*expected an object with sub_label, obj_label"):
         load_lama(path)
+
+
+LOADERS = {  # each kind of file that is read -> its folder and name, a row, its loader, and what that takes
+    "lama file": (".", "P17.jsonl", {"sub_label": "Zürich", "obj_label": "Italy"}, load_lama, "P17.jsonl"),
+    "lama folder": (".", "train.jsonl", {"sub_label": "Zürich", "obj_label": "Italy"}, load_lama, "."),
+    "sst2": (".", "val.jsonl", {"sentence": "très bon", "label": 1}, load_reviews, "."),
+    "rte": ("RTE", "test.jsonl", {"premise": "Zürich", "hypothesis": "b"}, partial(load_superglue, "rte"), "."),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_no_part_of_the_file(kind, newline, tmp_path):
+    folder, name, row, load, source = LOADERS[kind]
+    (tmp_path / folder).mkdir(exist_ok=True)
+    text = json.dumps(row, ensure_ascii=False) + newline
+    (tmp_path / folder / name).write_bytes((text + text).encode("utf-8-sig"))
+    [rows] = load(tmp_path / source).values()
+    assert len(rows) == 2 and all(found[key] == value for found in rows for key, value in row.items())
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize(("encoding", "line"), [("latin-1", 3), ("utf-16", 1)])
+def test_a_file_in_another_encoding_names_file_and_line(kind, encoding, line, tmp_path):
+    folder, name, row, load, source = LOADERS[kind]
+    (tmp_path / folder).mkdir(exist_ok=True)
+    rows = [dict.fromkeys(row, "plain"), {}, row]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" if row else "\n" for row in rows)
+    (tmp_path / folder / name).write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError, match=rf"{name}, line {line} is not UTF-8 \(.*save the file as UTF-8"):
+        load(tmp_path / source)
 
 
 def test_empty_and_missing_files(tmp_path):

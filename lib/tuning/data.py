@@ -215,15 +215,20 @@ def read_jsonl(path, needed):
     """The rows of a JSONL file, each a dict that has the keys `needed`; blank lines are skipped.
 
     Raises:
-        ValueError: no rows, or a line that is no JSON object with these keys; the message names file and line.
+        ValueError: no rows, or a line that is not UTF-8 or no JSON object with these keys; the message names file and
+            line.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            try:
+                text = line.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not UTF-8 ({error}); save the file as UTF-8") from error
+            if not text.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(text)
                 missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
                 fault = f"has no {', '.join(missing)}" if missing else None
             except json.JSONDecodeError as error:
