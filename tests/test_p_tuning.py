@@ -1,11 +1,13 @@
 """Prompt tuning and P-tuning: against peft, against a prompt put together by hand, and on bad input."""
 
 import copy
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tuning.files import same_trace, trace
 from tuning.models import load_lm
 from tuning.p_tuning import (
     PromptEncoder,
@@ -18,7 +20,15 @@ from tuning.p_tuning import (
     save_prompt,
     soften,
 )
-from tuning.prompts import answer_id, answer_logits, encode
+from tuning.prompts import (
+    answer_id,
+    answer_logits,
+    embedding_size,
+    embeddings_of,
+    encode,
+    hotflip,
+    trigger_gradient,
+)
 
 CAUSAL = pytest.mark.parametrize("lm", ["smollm2", "gpt2"], indirect=True)
 EVERY = pytest.mark.parametrize("lm", ["smollm2", "gpt2", "bert"], indirect=True)
@@ -81,6 +91,94 @@ def test_a_softened_template_says_what_the_words_said(lm):
         expected = answer_logits(model, tokenizer, [encode(tokenizer, template, subject) for subject in subjects])
         found = prompt_logits(model, tokenizer, soft, subjects, start)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+# --- models whose words enter otherwise: scaled by the embedding's module or behind it, or narrower than the states
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"initializer_range": 0.3, "max_position_embeddings": 64}
+HEADS = SMALL | {"num_key_value_heads": 1, "head_dim": 16}
+FAMILIES = {  # the configuration's class -> what it is made with
+    "LlamaConfig": HEADS,
+    "Qwen3Config": HEADS,
+    "GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3},
+    "GPTNeoXConfig": SMALL,
+    "GemmaConfig": HEADS,
+    "Gemma2Config": HEADS | {"sliding_window": 4},
+    "Gemma3TextConfig": HEADS | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "GraniteConfig": HEADS | {"embedding_multiplier": 5.0},
+    "OPTConfig": SMALL | {"word_embed_proj_dim": 12, "ffn_dim": 64, "init_std": 0.3},
+    "BertConfig": SMALL,
+    "AlbertConfig": SMALL | {"embedding_size": 12},
+    "ElectraConfig": SMALL | {"embedding_size": 12},
+    "ModernBertConfig": SMALL,
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, tiny_bert):
+    """A tiny model of a family with random weights, and a tokenizer."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert)
+    options = FAMILIES[request.param] | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    options |= {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    torch.manual_seed(0)
+    config = getattr(transformers, request.param)(**options)
+    masked = type(config) in transformers.AutoModelForMaskedLM._model_mapping
+    if not masked:
+        tokenizer.mask_token = None
+    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
+    return kind.from_config(config).eval(), tokenizer
+
+
+def test_words_as_vectors_answer_as_the_words(family):
+    """Several subjects, so that there is padding and a beginning that all share, against one prompt of words each."""
+    model, tokenizer = family
+    subjects = ["Britain", "South Korea"]
+    for template in ("The capital of [X] is [Y].", "[X] is the capital of [Y]"):
+        soft, start = soften(model, tokenizer, template)
+        assert start.shape == (soft.count("[P]"), embedding_size(model))
+        rows = [encode(tokenizer, template, subject) for subject in subjects]
+        places = [ids.index(tokenizer.mask_token_id) if tokenizer.mask_token else -1 for ids in rows]
+        with torch.no_grad():
+            logits = [model(torch.tensor([ids])).logits[0, place] for ids, place in zip(rows, places, strict=True)]
+        expected = torch.stack(logits).float()
+        torch.testing.assert_close(answer_logits(model, tokenizer, rows), expected, atol=1e-4, rtol=0)
+        found = prompt_logits(model, tokenizer, soft, subjects, start)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert (expected[0] - expected[1]).abs().max() > 1e-2  # the model listens
+        tokens, distances = nearest_tokens(start, embeddings_of(model))
+        assert soften(model, tokenizer, tokenizer.decode(tokens) + " [X] [Y]")[1].tolist() == start.tolist()
+        assert (distances == 0).all()
+        facts = list(zip(subjects, expected.argmax(dim=1).tolist(), strict=True))
+        loss = F.cross_entropy(expected, expected.argmax(dim=1)).item()
+        encoder = PromptEncoder(len(start), embedding_size(model), start)
+        assert answer_loss(model, tokenizer, soft, facts, encoder()).item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_slope_is_that_of_what_enters_the_model(family):
+    """Against autograd at the output of the model's own embedding, and `hotflip` against the change it predicts."""
+    model, tokenizer = family
+    model.double().requires_grad_(False)
+    template, triggers = "[T] [T] [X] [Y].", [answer_id(tokenizer, word) for word in ("the", "capital")]
+    answer = answer_id(tokenizer, "London")
+    found = trigger_gradient(model, tokenizer, template, triggers, [("Britain", answer)])
+    ids = encode(tokenizer, template, "Britain", triggers)
+    kept = []
+
+    def keep(_, __, output):
+        kept.append(output.requires_grad_())
+
+    with model.get_input_embeddings().register_forward_hook(keep):
+        logits = model(torch.tensor([ids])).logits[0]
+    logits = logits[ids.index(tokenizer.mask_token_id) if tokenizer.mask_token else -1]
+    gradient = torch.autograd.grad(F.cross_entropy(logits[None], torch.tensor([answer])), kept[0])[0][0]
+    expected = gradient[[ids.index(token) for token in triggers]]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    change = torch.stack([model.get_input_embeddings()(torch.tensor(v)) for v in range(len(tokenizer))]) @ expected[0]
+    allowed = torch.ones(len(tokenizer), dtype=torch.bool)
+    assert hotflip(found[0], embeddings_of(model), allowed, 5) == change.argsort()[:5].tolist()
 
 
 # --- against peft
@@ -231,7 +329,21 @@ def test_a_learned_prompt_knows_its_facts(smollm2):
 def test_nearest_tokens_of_embeddings_are_themselves(smollm2):
     embeddings = smollm2[0].get_input_embeddings().weight.detach()
     tokens, distances = nearest_tokens(embeddings[[5, 700, 41000]] + 1e-4, embeddings)
-    assert tokens == [5, 700, 41000] and (distances < 0.01).all()
+    assert tokens == [5, 700, 41000]
+    torch.testing.assert_close(distances, torch.full((3,), 1e-4 * embeddings.shape[1] ** 0.5), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(100, 7), (3000, 576)])
+def test_distances_are_those_of_float64_and_none_to_itself(vocab, size):
+    torch.manual_seed(0)
+    embeddings = torch.randn(vocab, size) + 3
+    tokens, distances = nearest_tokens(embeddings[:40], embeddings)
+    assert tokens == list(range(40)) and (distances == 0).all()
+    vectors = torch.randn(40, size)
+    expected = (vectors.double()[:, None] - embeddings.double()).norm(dim=2).min(dim=1)
+    tokens, distances = nearest_tokens(vectors, embeddings)
+    assert tokens == expected.indices.tolist()
+    torch.testing.assert_close(distances.double(), expected.values, rtol=1e-5, atol=0)
 
 
 # --- saving
@@ -262,6 +374,38 @@ def test_a_prompt_of_a_model_of_the_same_shape_is_refused(gpt2, tmp_path):
     save_prompt(tmp_path / "prompt.safetensors", other, "[P] [X] [Y].", random_vectors(other, 1))
     with pytest.raises(ValueError, match="means nothing to"):
         load_prompt(tmp_path / "prompt.safetensors", gpt2[0])
+
+
+def test_the_models_trace_stands_in_the_files_metadata(gpt2, tmp_path):
+    from safetensors import safe_open
+
+    save_prompt(tmp_path / "a" / "prompt.safetensors", gpt2[0], "[P] [X] [Y].", random_vectors(gpt2[0], 1))
+    with safe_open(tmp_path / "a" / "prompt.safetensors", "pt") as file:
+        assert list(file.keys()) == ["vectors"]
+        assert same_trace(json.loads(file.metadata()["prompt"])["trace"], trace(gpt2[0]))
+
+
+def test_a_prompt_of_an_older_version_is_refused(gpt2, tmp_path):
+    tensors = {"vectors": torch.zeros(1, 32), "model_trace": torch.tensor(trace(gpt2[0]))}
+    prompt = {"template": "[P] [X] [Y].", "model": "gpt2"}
+    save_file(tensors, tmp_path / "old.safetensors", {"prompt": json.dumps(prompt)})
+    with pytest.raises(ValueError, match=r"or an older version of it did \(KeyError\('trace'\)\); save it anew"):
+        load_prompt(tmp_path / "old.safetensors", gpt2[0])
+
+
+def test_a_prompt_that_cannot_be_written_leaves_the_old_one(gpt2, tmp_path, monkeypatch):
+    path = tmp_path / "prompt.safetensors"
+    save_prompt(path, gpt2[0], "[P] [X] [Y].", random_vectors(gpt2[0], 1))
+
+    def half(tensors, path, metadata):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("tuning.p_tuning.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save_prompt(path, gpt2[0], "[P] [X] [Y].", torch.zeros(1, 32))
+    assert [file.name for file in tmp_path.iterdir()] == ["prompt.safetensors"]
+    assert torch.equal(load_prompt(path, gpt2[0])[1], random_vectors(gpt2[0], 1))
 
 
 def test_a_file_that_is_no_prompt_is_refused(gpt2, tmp_path):
@@ -304,6 +448,37 @@ def test_vectors_must_be_as_many_as_slots(smollm2):
             answer_loss(model, tokenizer, "[P][P] [X] [Y].", [("Britain", 5)], random_vectors(model, length))
         with pytest.raises(ValueError, match=rf"2 \[P\] slots and there are {length} vectors"):
             prompt_logits(model, tokenizer, "[P][P] [X] [Y].", ["Britain"], random_vectors(model, length))
+
+
+def test_slots_without_vectors_are_no_text(smollm2):
+    """The text "[P]" would be scored as a word."""
+    model, tokenizer = smollm2
+    message = r"has 2 \[P\] slots and no vectors for them; pass `vectors` \(2, hidden\)"
+    with pytest.raises(ValueError, match=message):
+        prompt_logits(model, tokenizer, "[P][P] [X] [Y].", ["Britain"])
+    with pytest.raises(ValueError, match=message):
+        answer_loss(model, tokenizer, "[P][P] [X] [Y].", [("Britain", 5)])
+    with pytest.raises(ValueError, match=message):
+        soften(model, tokenizer, "[P][P] [X] is in [Y].")
+
+
+def test_vectors_of_another_size_are_refused(gpt2):
+    with pytest.raises(ValueError, match=r"shape \(1, 16\) do not fit this model.*give \(length, 32\)"):
+        answer_loss(*gpt2, "[P] [X] [Y].", [("Britain", 5)], torch.zeros(1, 16))
+
+
+@EVERY
+def test_nothing_to_read_is_refused(lm):
+    model, tokenizer = lm
+    vectors = random_vectors(model, 1)
+    with pytest.raises(ValueError, match="no prompts to score; is the data set empty"):
+        answer_loss(model, tokenizer, "[P] [X] [Y].", [], vectors)
+    with pytest.raises(ValueError, match="no prompts to score; is the data set empty"):
+        prompt_logits(model, tokenizer, "[P] [X] [Y].", [], vectors)
+    with pytest.raises(ValueError, match="are there words, or"):
+        soften(model, tokenizer, "[X] [Y]")
+    with pytest.raises(ValueError, match="there are no `words` to choose among; give their token ids"):
+        answer_loss(model, tokenizer, "[P] [X] [Y].", [("Britain", 0)], vectors, words=[])
 
 
 def test_a_prompt_longer_than_the_context_is_refused(gpt2):

@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -5,18 +6,16 @@ import torch
 import torch.nn.functional as F
 from tuning import prompts
 from tuning.data import load_facts, load_reviews
+from tuning.evaluate import bootstrap_interval, hits_at_1, paired_interval
 from tuning.models import load_lm
 from tuning.prompts import (
     answer_id,
     answer_logits,
-    bootstrap_interval,
     calibrate,
     class_log_probs,
     encode,
     few_shot,
-    hits_at_1,
     hotflip,
-    paired_interval,
     search_triggers,
     trigger_gradient,
 )
@@ -95,6 +94,7 @@ def test_a_tokenizer_that_begins_texts_with_a_token(smollm2, tmp_path):
         ("[X] is in [Y] today.", r"end it on ' \[Y\]'"),
         ("[X] is in:[Y]", "answers with a word after a space"),
         ("[X] [T] [Y].", r"has 1 \[T\] slots for 0 triggers"),
+        ("[P][P] [X] is in [Y].", r"has 2 \[P\] slots and no vectors for them; pass `vectors` \(2, hidden\)"),
     ],
 )
 def test_bad_templates(template, fault, smollm2):
@@ -215,6 +215,60 @@ def test_no_prompts(smollm2):
         answer_logits(*smollm2, [])
 
 
+def test_a_prompt_without_a_token(gpt2):
+    model, tokenizer = gpt2
+    rows = [encode(tokenizer, "[X] [Y].", subject) for subject in ("Paris", "")]
+    with pytest.raises(ValueError, match=r"prompt 1 has no token; write words"):
+        answer_logits(model, tokenizer, rows)
+
+
+@EVERY
+def test_vectors_that_are_missing_or_do_not_fit(lm):
+    model, tokenizer = lm
+    prompts, size = [[5, -1, 6, -3]], model.config.hidden_size
+    for vectors in (None, torch.zeros(2, size)):
+        with pytest.raises(ValueError, match=r"places for 3 vectors; pass `vectors` \(3, hidden\)"):
+            answer_logits(model, tokenizer, prompts, vectors=vectors)
+    with pytest.raises(ValueError, match=rf"shape \(3, 7\) do not fit this model.*give \(length, {size}\)"):
+        answer_logits(model, tokenizer, prompts, vectors=torch.zeros(3, 7))
+
+
+def in_training(model):
+    """A copy in training mode with dropout and checkpoints, one layer of which is frozen in evaluation mode."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.gradient_checkpointing_enable()
+    model.get_input_embeddings().eval()
+    return model
+
+
+@pytest.mark.parametrize("lm", ["gpt2", "bert"], indirect=True)
+def test_scores_are_those_of_evaluation_mode(lm):
+    """Without dropout, and from the shared beginning's keys and values, which checkpoints would not keep."""
+    model, tokenizer = lm
+    rows = [encode(tokenizer, "The capital of [X] is [Y].", subject) for subject in ("France", "South Korea")]
+    facts, triggers = facts_and_triggers(tokenizer)
+    training = in_training(model)
+    modes = [module.training for module in training.modules()]
+    found = answer_logits(training, tokenizer, rows)
+    torch.testing.assert_close(found, answer_logits(model, tokenizer, rows), atol=1e-5, rtol=0)
+    gradient = trigger_gradient(training, tokenizer, TEMPLATE, triggers, facts)
+    expected = trigger_gradient(model, tokenizer, TEMPLATE, triggers, facts)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+    assert [module.training for module in training.modules()] == modes
+
+
+def test_the_mode_comes_back_after_an_error(gpt2):
+    model = in_training(gpt2[0])
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="stop"), prompts.evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("stop")
+    assert [module.training for module in model.modules()] == modes and any(modes) and not all(modes)
+
+
 @pytest.mark.parametrize("lm", ["gpt2", "bert"], indirect=True)
 def test_a_prompt_longer_than_the_context(lm):
     model, tokenizer = lm
@@ -271,6 +325,17 @@ def test_class_log_probs_sum_over_label_words():
     found = class_log_probs(logits, [[1, 2], [7]])
     weights = torch.stack([logits[:, 1].exp() + logits[:, 2].exp(), logits[:, 7].exp()], dim=1)
     torch.testing.assert_close(found, (weights / weights.sum(dim=1, keepdim=True)).log())
+
+
+@pytest.mark.parametrize("words", [[], [[1], []]])
+def test_a_class_without_words(words):
+    with pytest.raises(ValueError, match="give each class at least one token id"):
+        class_log_probs(torch.zeros(3, 10), words)
+
+
+def test_calibration_on_nothing():
+    with pytest.raises(ValueError, match="no reference inputs"):
+        calibrate(torch.zeros(3, 2), torch.zeros(0, 2))
 
 
 def test_calibration_takes_out_a_constant_preference():
@@ -353,6 +418,37 @@ def test_hotflip_ranks_by_the_first_order_change():
     assert hotflip(gradient, embeddings, allowed, 5) == order[:5]
     allowed[order[0]] = allowed[order[2]] = False
     assert hotflip(gradient, embeddings, allowed, 3) == [order[1], order[3], order[4]]
+
+
+@pytest.mark.parametrize(("vocab", "size", "few"), [(50, 8, 3), (1000, 24, 1)])
+def test_hotflip_keeps_to_what_is_allowed_where_that_is_few(vocab, size, few):
+    torch.manual_seed(0)
+    embeddings, gradient = torch.randn(vocab, size), torch.randn(size)
+    allowed = torch.zeros(vocab, dtype=torch.bool)
+    allowed[torch.randperm(vocab)[:few]] = True
+    found = hotflip(gradient, embeddings, allowed, 8)
+    expected = sorted(allowed.nonzero().flatten().tolist(), key=lambda token: (embeddings[token] @ gradient).item())
+    assert found == expected and len(found) == few
+    with pytest.raises(ValueError, match="no token is allowed; set at least one"):
+        hotflip(gradient, embeddings, torch.zeros(vocab, dtype=torch.bool), 8)
+    with pytest.raises(ValueError, match=rf"`allowed` has 4 tokens and the embeddings {vocab}"):
+        hotflip(gradient, embeddings, allowed[:4], 8)
+
+
+def test_a_search_over_nothing(gpt2):
+    model, tokenizer = gpt2
+    facts, triggers = facts_and_triggers(tokenizer)
+    allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no prompts to score; is the data set empty"):
+        trigger_gradient(model, tokenizer, TEMPLATE, triggers, [])
+    with pytest.raises(ValueError, match="no prompts to score"):
+        next(search_triggers(model, tokenizer, TEMPLATE, triggers, [], allowed, steps=1))
+    with pytest.raises(ValueError, match=r"are there words, or \[T\] slots, in the template"):
+        next(search_triggers(model, tokenizer, "[X] is [Y].", [], facts, allowed, steps=1))
+    with pytest.raises(ValueError, match="no token is allowed"):
+        next(search_triggers(model, tokenizer, TEMPLATE, triggers, facts, ~allowed, steps=1))
+    with pytest.raises(ValueError, match="the model's context holds 256"):
+        trigger_gradient(model, tokenizer, TEMPLATE, triggers, [("a " * 300, facts[0][1])])
 
 
 @EVERY

@@ -3,12 +3,13 @@
 A template of this module has, besides `[X]` and `[Y]`, slots `[P]` for pseudo tokens, among words or alone. A pseudo
 token has no row in the embedding matrix: its vector comes from a prompt encoder. In the lists of token ids the i-th
 pseudo token has the id -1 - i.
+
+Its vector stands where a word's embedding would, in the space of the model's `inputs_embeds`. In most models this is as
+wide as the hidden states; `prompts.embedding_size` tells.
 """
 
 import json
-import os
 import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .prompts import _check_prompts, _check_template, _forward, _tokens, answer_logits, encode
+from . import files
+from .prompts import (
+    answer_logits,
+    check_prompts,
+    check_template,
+    embeddings_of,
+    encode,
+    forward_at_answer,
+    tokens_of,
+)
 
 __all__ = ["PromptEncoder", "PromptVectors", "answer_loss", "encode_pseudo", "nearest_tokens", "soften"]
 
@@ -43,7 +53,8 @@ class PromptEncoder(nn.Module):
     begins exactly at `start`, e.g. at a handcrafted prompt. That part is this book's, not the paper's.
 
     Args:
-        length: the number of pseudo tokens; hidden_size: of the language model, even.
+        length: the number of pseudo tokens.
+        hidden_size: of the language model, or where its tokens enter it narrower, `embedding_size(model)`; even.
         start: None or (length, hidden).
         lstm_layers: 2 as in the paper; 0 leaves the LSTM out.
     """
@@ -81,7 +92,7 @@ def encode_pseudo(tokenizer, template, subject):
     if not length:
         right = "[P][P][P] [X] [P][P][P] [Y]."
         raise ValueError(f"template {template!r} has no [P] slot; write e.g. {right!r}")
-    _check_template(tokenizer, template)
+    check_template(tokenizer, template, pseudo=length)
     slots = [-1 - index for index in range(length)]
     return encode(tokenizer, template.replace("[P]", "[T]"), subject, slots)
 
@@ -91,18 +102,21 @@ def soften(model, tokenizer, template):
 
     Returns:
         `(template, start)`: each token of the words became a `[P]`; `start` (length, hidden) holds their embeddings.
+
+    Raises:
+        ValueError: the template's slots are wrong for this tokenizer, or it has no words.
     """
-    _check_template(tokenizer, template)
+    check_template(tokenizer, template)
     read = template if tokenizer.mask_token else template[: template.index("[Y]") + 3]
     soft, ids = "", []
     for piece in re.split(r"(\[X\]|\[Y\])", read):
         if piece in ("[X]", "[Y]"):
             soft += piece
         else:
-            new = _tokens(tokenizer, piece.rstrip(" "))  # a space belongs to the word after it
+            new = tokens_of(tokenizer, piece.rstrip(" "))  # a space belongs to the word after it
             soft += "[P]" * len(new) + " " * piece.endswith(" ")
             ids += new
-    return soft, model.get_input_embeddings().weight[ids].detach().float()
+    return soft, embeddings_of(model, ids).float()
 
 
 def answer_loss(model, tokenizer, template, facts, vectors=None, words=None):
@@ -114,11 +128,11 @@ def answer_loss(model, tokenizer, template, facts, vectors=None, words=None):
         words: token ids of the label words that alone compete; None for the whole vocabulary.
 
     Raises:
-        ValueError: the template or an answer does not fit, or a prompt is longer than the model's context.
+        ValueError: no facts; the template, the vectors or an answer do not fit; a prompt is longer than the context.
     """
     prompts = _prompts(tokenizer, template, [subject for subject, _ in facts], vectors)
-    _check_prompts(model, tokenizer, prompts)
-    logits = _forward(model, tokenizer, prompts, vectors=vectors).float()  # (facts, vocab)
+    check_prompts(model, tokenizer, prompts, vectors)
+    logits = forward_at_answer(model, tokenizer, prompts, vectors=vectors).float()  # (facts, vocab)
     logits = logits if words is None else logits[:, words]
     answers = torch.tensor([answer for _, answer in facts], device=logits.device)
     _check_answers(answers, logits.shape[1])
@@ -129,12 +143,14 @@ def nearest_tokens(vectors, embeddings):
     """For each vector the token whose embedding is nearest (Euclidean).
 
     Args:
-        vectors: (length, hidden); embeddings: (vocab, hidden).
+        vectors: (length, hidden); embeddings: (vocab, hidden), from `prompts.embeddings_of`.
 
     Returns:
-        `(tokens, distances)`: a list of ids, and a tensor (length,).
+        `(tokens, distances)`: a list of ids, and a tensor (length,), exactly 0 where a vector is an embedding.
     """
-    distances, tokens = torch.cdist(vectors, embeddings.to(vectors.dtype)).min(dim=1)
+    exact = "donot_use_mm_for_euclid_dist"  # |a|² - 2ab + |b|² is faster, and off by thousandths near zero
+    distances = torch.cdist(vectors, embeddings.to(vectors.dtype), compute_mode=exact)
+    distances, tokens = distances.min(dim=1)
     return tokens.tolist(), distances
 
 
@@ -148,13 +164,9 @@ def save_prompt(path, model, template, vectors):
 
     The prompt encoder is not kept: its vectors are all that is needed.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"vectors": vectors.detach().float().cpu().contiguous(), "model_trace": _trace(model)}
-    metadata = {"template": template, "model": _name(model)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, temporary, {"prompt": json.dumps(metadata)})
-    temporary.replace(path)
+    tensors = {"vectors": vectors.detach().float().cpu().contiguous()}
+    metadata = {"template": template, "model": _name(model), "trace": files.trace(model)}
+    files.replace(path, lambda temporary: save_file(tensors, temporary, {"prompt": json.dumps(metadata)}))
 
 
 def load_prompt(path, model):
@@ -169,13 +181,14 @@ def load_prompt(path, model):
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["prompt"])
-            vectors, trace = file.get_tensor("vectors"), file.get_tensor("model_trace")
+            vectors, trace = file.get_tensor("vectors"), metadata["trace"]
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} is no prompt that `save_prompt` wrote ({error})") from error
-    here = _trace(model)
-    if trace.shape != here.shape or not torch.allclose(trace, here, rtol=0.02):
+        raise ValueError(
+            f"{path} is no prompt that `save_prompt` wrote, or an older version of it did ({error!r}); save it anew"
+        ) from error
+    if not files.same_trace(trace, files.trace(model)):
         raise ValueError(
             f"the prompt in {path} was trained on {metadata['model']} and means nothing to {_name(model)}, whose "
             "embeddings are others; load that model, or train a prompt for this one"
@@ -193,19 +206,13 @@ def _prompts(tokenizer, template, subjects, vectors):
     return [encode_pseudo(tokenizer, template, subject) for subject in subjects]
 
 
-def _trace(model):
-    """Lengths of a few embeddings, with the matrix's shape: the same in every dtype, another for another model."""
-    embeddings = model.get_input_embeddings().weight.detach()
-    some = torch.linspace(0, len(embeddings) - 1, 16).long().to(embeddings.device)
-    lengths = embeddings[some].float().norm(dim=1).cpu()
-    return torch.cat([torch.tensor(embeddings.shape).float(), lengths])
-
-
 def _name(model):
     return model.name_or_path or type(model).__name__
 
 
 def _check_answers(answers, size):
+    if size == 0:
+        raise ValueError("there are no `words` to choose among; give their token ids, or None for the vocabulary")
     if answers.min() < 0 or answers.max() >= size:
         wrong = answers[(answers < 0) | (answers >= size)][0].item()
         raise ValueError(f"answer {wrong} is outside the {size} that the model chooses among (0 to {size - 1})")

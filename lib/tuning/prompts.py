@@ -96,9 +96,10 @@ def answer_logits(model, tokenizer, prompts, batch_size=32, vectors=None):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [prompts[index] for index in rows]
-            found = forward_at_answer(model, tokenizer, batch, prefix, vectors).float().cpu()
-            logits = torch.empty(len(prompts), found.shape[1]) if logits is None else logits
-            logits[rows] = found
+            found = forward_at_answer(model, tokenizer, batch, prefix, vectors)
+            if logits is None:
+                logits = torch.empty(len(prompts), found.shape[1])
+            logits[rows] = found.float().cpu()
     return logits
 
 
@@ -114,8 +115,7 @@ def class_log_probs(logits, words):
     Raises:
         ValueError: no classes, or one without label words.
     """
-    if min(map(len, words), default=0) == 0:
-        raise ValueError(f"label words {words} leave a class without a word; give each class at least one token id")
+    _check_words(words)
     per_class = [logits[:, ids].logsumexp(dim=1) for ids in words]
     return torch.stack(per_class, dim=1).log_softmax(dim=1)
 
@@ -132,8 +132,7 @@ def calibrate(log_probs, reference):
     Raises:
         ValueError: no reference inputs.
     """
-    if len(reference) == 0:
-        raise ValueError("there are no reference inputs to calibrate on; give the log-probabilities of at least one")
+    _check_reference(reference)
     return (log_probs - reference.mean(dim=0)).log_softmax(dim=1)
 
 
@@ -153,7 +152,7 @@ def trigger_gradient(model, tokenizer, template, triggers, facts):
     vectors = embeddings_of(model, triggers).requires_grad_()  # (triggers, hidden)
     slots = [-1 - index for index in range(len(triggers))]  # a negative id stands for a vector of ours
     prompts = [encode(tokenizer, template, subject, slots) for subject, _ in facts]
-    check_prompts(model, tokenizer, prompts)
+    check_prompts(model, tokenizer, prompts, vectors)
     answers = torch.tensor([answer for _, answer in facts], device=model.device)
     with evaluating(model):
         logits = forward_at_answer(model, tokenizer, prompts, vectors=vectors).float()
@@ -328,6 +327,9 @@ def _read_shared_prefix(model, tokenizer, prompts, vectors=None):
     shared = min(shared, min(map(len, prompts)) - 1)  # each prompt keeps at least one token of its own
     if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1 or not _takes(model, "past_key_values"):
         return None
+    # Padding stands between prefix and prompt, and in some models (Gemma's) would push the prefix out of their window.
+    if max(map(len, prompts)) > (getattr(model.config.get_text_config(), "sliding_window", None) or 10**9):
+        return None
     ids = torch.tensor([first[:shared]], device=model.device)
     cache = getattr(model(**inputs_with_vectors(model, ids, vectors), use_cache=True), "past_key_values", None)
     return (cache, shared) if hasattr(cache, "batch_repeat_interleave") else None
@@ -403,6 +405,16 @@ def check_vectors(model, vectors):
 def context_of(model):
     """How many tokens the model's context holds; None if its configuration does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_words(words):
+    if min(map(len, words), default=0) == 0:
+        raise ValueError(f"label words {words} leave a class without a word; give each class at least one token id")
+
+
+def _check_reference(reference):
+    if len(reference) == 0:
+        raise ValueError("there are no reference inputs to calibrate on; give the log-probabilities of at least one")
 
 
 def _check_allowed(allowed, embeddings):
