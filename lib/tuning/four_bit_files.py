@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .files import sha256, write_json
-from .lora import AdaptedLayer, linear_layers, warn_of_experts
+from .lora import AdaptedLayer, linear_layers
 from .models import HUB_IDS, _from_pretrained, default_device, default_dtype, model_source
 from .nf4 import Quantized, check_quantized
 from .qlora import Linear4bit, four_bit
+from .targets import warn_of_experts
 from .wrappers import INNER, bare_modules, put_module, unwrapped
 
 TENSORS, SETTINGS = "model_4bit.safetensors", "four_bits.json"
@@ -79,7 +80,7 @@ def quantize_while_reading(model, files, device, kind="nf4", block_size=64, doub
         raise ValueError("this model has no linear layer to quantize")
     for path, name, tensor in read_tensors(model, files, device):
         layer = model.get_submodule(path)
-        put(layer, name, tensor)
+        set_tensor(layer, name, tensor)
         if path in layers and not any(weight.is_meta for weight in layer.parameters()):
             put_module(model, path, four_bit(layer, kind, block_size, double))
 
@@ -166,7 +167,7 @@ def _read_4bit(folder, model, device):
     for key, tensor in tensors.items():
         place = _place(model, shapes, key, tensor.shape, folder)
         if place:
-            put(model.get_submodule(place[0]), place[1], tensor)
+            set_tensor(model.get_submodule(place[0]), place[1], tensor)
 
 
 def read_tensors(model, files, device):
@@ -180,7 +181,7 @@ def read_tensors(model, files, device):
                     yield *place, tensors.get_tensor(key)
 
 
-def put(layer, name, tensor):
+def set_tensor(layer, name, tensor):
     """Set a weight or a buffer of a layer, in the dtype that the layer has for it."""
     old = getattr(layer, name)
     new = tensor.to(old.dtype)

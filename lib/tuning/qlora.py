@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .lora import AdaptedLayer, linear_layers, warn_of_experts
+from .lora import AdaptedLayer, linear_layers
 from .nf4 import dequantize, quantize, quantize_scales
+from .targets import warn_of_experts
 from .training import checkpoint_activations, restore_states
 from .wrappers import bare_modules, put_module
 
