@@ -1,20 +1,15 @@
 """One training loop for every method of the book, and the head that fine-tuning puts on a pretrained body.
 
-The loop: AdamW, warm-up and linear decay, early stop on dev, resumable.
+The loop: AdamW, warm-up and linear decay, early stop on dev, gradient accumulation, loss scaling in float16, resumable.
 """
 
-import math
-import os
-import time
-import warnings
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from contextlib import suppress
 
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm  # the plain one: a widget would be an output of the cell
+
+from .runs import Run, Settings, trainable
 
 __all__ = [
     "Classifier",
@@ -34,29 +29,39 @@ class Classifier(nn.Module):
     Args:
         body: a transformer without a head; classes: how many there are.
         pool: a function from states (batch, seq, hidden) and attention mask (batch, seq) to (batch, hidden).
+
+    Texts longer than the body's context are cut. One without any token is read as the padding token.
     """
 
     def __init__(self, body, tokenizer, classes, pool):
         super().__init__()
         self.body, self.tokenizer, self.pool = body, tokenizer, pool
         self.head = nn.Linear(body.config.hidden_size, classes).to(body.device)
+        self.cut = {"truncation": True, "max_length": _context_length(body, tokenizer)}
 
     def forward(self, texts):
-        """Logits (len(texts), classes), in float32. Texts longer than the body's context are cut."""
-        batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        """Logits (len(texts), classes), in float32."""
+        texts = _without_empty(texts, self.tokenizer, self.cut)
+        batch = self.tokenizer(texts, padding=True, **self.cut, return_tensors="pt")
         batch = batch.to(self.body.device)
         states = self.body(**batch).last_hidden_state  # (batch, seq, hidden)
         return self.head(self.pool(states, batch["attention_mask"]).float())
 
 
 def mean_of_tokens(states, mask):
-    """The mean state of the real tokens, for a body that reads both ways: (batch, hidden)."""
-    mask = mask.unsqueeze(-1).to(states.dtype)  # (batch, seq, 1)
-    return (states * mask).sum(dim=1) / mask.sum(dim=1)
+    """The mean state of the real tokens, for a body that reads both ways: (batch, hidden).
+
+    It is in float32 also where the states have 16 bits, whose sum could overflow. A row without tokens has mean zero.
+    """
+    mask = mask.unsqueeze(-1).float()  # (batch, seq, 1)
+    return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def last_token(states, mask):
-    """The state of the last real token, the one that has read everything in a causal body: (batch, hidden)."""
+    """The state of the last real token, the one that has read everything in a causal body: (batch, hidden).
+
+    A row without tokens has the state of its first place.
+    """
     places = torch.arange(mask.shape[1], device=mask.device)
     return states[torch.arange(len(states), device=mask.device), (places * mask).argmax(dim=1)]
 
@@ -84,177 +89,87 @@ def optimizer_for(weights, lr, steps):
 
 
 def take_step(weights, optimizer, schedule, loss):
-    """One update of `weights`, and of nothing else, with the gradient's norm clipped to 1."""
-    optimizer.zero_grad()
+    """One update of `weights`, and of nothing else, with the gradient's norm clipped to 1.
+
+    Gradients that the weights have already are added to it, and none is left. If it or the loss is not finite, nothing
+    is updated.
+
+    Returns:
+        The gradient's norm before clipping, a tensor.
+    """
     loss.backward(inputs=weights)
-    clip_grad_norm_(weights, 1.0)
-    optimizer.step()
-    schedule.step()
+    norm = clip_grad_norm_(weights, 1.0)
+    if loss.isfinite() and norm.isfinite():  # else every weight would become NaN
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+    return norm
 
 
 def train(
-    trained, loss_on, rows, lr, steps, score=None, batch_size=16, seed=0, every=25, patience=None, checkpoint=None
+    trained,
+    loss_on,
+    rows,
+    lr,
+    steps,
+    score=None,
+    batch_size=16,
+    seed=0,
+    every=25,
+    patience=None,
+    checkpoint=None,
+    accumulate=1,
+    autocast=None,
 ):
     """Train a module's parameters that require gradients, and leave them in the state that scored best.
 
-    The state before the first step competes too, so a run never ends worse on dev than it began.
+    The state before the first step competes too, so a run never ends worse on dev than it began. A score that is NaN
+    or minus infinity never wins.
+
+    Where float16 takes part, say in a frozen model, the loss is scaled. A step whose gradient overflows is tried again
+    with half the scale, 40 times at most.
 
     Args:
         trained: the `nn.Module` to train; what has `requires_grad` false is left alone.
-        loss_on: a function from a list of rows to their loss, a scalar tensor.
+        loss_on: a function from a list of rows to their mean loss, a scalar tensor.
         rows: the training set, a list.
         lr: the highest learning rate; steps: the number of updates.
         score: a function without arguments that measures the present state on dev, higher is better. With None the
             last state is kept.
         every: steps between two scores; patience: this many scores without a new best end the run (None: never).
         checkpoint: a file to go on from if the run is killed, written with each score and removed at the end.
+        accumulate: batches a step. Their losses are averaged, one after the other, in the memory of one. It is the
+            step of one large batch if `loss_on` is a mean over rows; with a mean over tokens, only if all batches have
+            as many tokens.
+        autocast: a dtype that the products of `loss_on` are computed in, say torch.bfloat16, while the weights stay in
+            float32; None leaves all as it is.
 
     Returns:
-        A `Training`. A loss that is not finite ends the run with a warning; the best state so far is kept.
+        A `Training`. A loss or a gradient that is not finite ends the run before its step, with a warning that says
+        which state is kept.
 
     Raises:
-        ValueError: fewer rows than a batch, nothing to train, or the checkpoint of another run.
+        ValueError: fewer rows than a step takes, nothing to train, weights to train in float16, patience without a
+            score, or the checkpoint of another run.
     """
-    weights = _trainable(trained, rows, batch_size)
+    weights = trainable(trained, rows, accumulate * batch_size, score, patience)
     optimizer, schedule = optimizer_for(weights, lr, steps)
-    run = _Run(weights, optimizer, schedule, checkpoint, (lr, steps, batch_size, seed, every, len(rows)))
-    with run.started(seed, steps) as bar:
+    settings = Settings(lr, steps, batch_size, seed, every, accumulate, autocast)
+    run = Run(trained, optimizer, schedule, rows, settings, checkpoint)
+    with run.started():
         while True:
-            if score and (run.step % every == 0 or run.step == steps):
+            if score and run.is_due():
                 trained.eval()
                 run.keep_if_best(score())
-            if run.step == steps or run.is_out_of(patience, every):
+            if run.is_over(patience):
                 break
             trained.train()
-            chosen = batch_rows(run.step, len(rows), batch_size, seed)
-            loss = loss_on([rows[index] for index in chosen])
-            if run.has_diverged(loss.item(), lr):
-                break
-            take_step(weights, optimizer, schedule, loss)
-            run.note(loss.item(), bar)
+            chosen = batch_rows(run.step, len(rows), accumulate * batch_size, seed)
+            loss = run.loss(loss_on, [rows[index] for index in chosen])
+            norm = take_step(weights, optimizer, schedule, loss * run.scale)
+            run.note(loss.item(), norm.item())
     trained.eval()
     return run.finish()
-
-
-@dataclass
-class Training:
-    """What a run of `train` did.
-
-    `losses` has a number for each step, `scores` a `[step, score]` for each time dev was scored. `best_step` and
-    `best_score` name the state that was kept; `stopped` says why the run ended before its last step, or is None.
-    """
-
-    losses: list = field(default_factory=list)
-    scores: list = field(default_factory=list)
-    best_step: int = 0
-    best_score: float | None = None
-    seconds: float = 0.0
-    stopped: str | None = None
-
-
-class _Run:
-    """The books of one run: its history, its best state, and the checkpoint it goes on from."""
-
-    def __init__(self, weights, optimizer, schedule, checkpoint, settings):
-        self.weights, self.optimizer, self.schedule = weights, optimizer, schedule
-        self.settings = repr((settings, [weight.shape for weight in weights]))
-        self.checkpoint = Path(checkpoint) if checkpoint else None
-        self.step, self.history, self.best, self.randomness = 0, Training(), None, None
-        if self.checkpoint and self.checkpoint.is_file():
-            self._resume()
-        self.begun = time.perf_counter() - self.history.seconds
-
-    @contextmanager
-    def started(self, seed, steps):
-        """A progress bar, and randomness (dropout) that depends on the seed alone and leaves the caller's as it was."""
-        with torch.random.fork_rng(), tqdm(initial=self.step, total=steps, unit="step") as bar:
-            if self.randomness is None:
-                torch.manual_seed(seed)
-            else:
-                torch.set_rng_state(self.randomness)
-            yield bar
-
-    def keep_if_best(self, score):
-        if [self.step] != [step for step, _ in self.history.scores[-1:]]:  # else resumed where this was noted
-            self.history.scores.append([self.step, float(score)])
-            if self.best is None or score > self.history.best_score:
-                self.history.best_step, self.history.best_score = self.step, float(score)
-                self.best = [weight.detach().clone() for weight in self.weights]
-        if self.checkpoint:
-            self._save()
-
-    def is_out_of(self, patience, every):
-        waited = (self.step - self.history.best_step) // every
-        if patience is None or waited < patience:
-            return False
-        self.history.stopped = f"no better score in {waited} scores"
-        return True
-
-    def note(self, loss, bar):
-        self.history.losses.append(loss)
-        self.step += 1
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}", best=self.history.best_score)
-
-    def has_diverged(self, loss, lr):
-        """Whether the loss is no finite number, which is noted and said."""
-        if math.isfinite(loss):
-            return False
-        self.history.stopped = f"the loss was {loss} at step {self.step + 1}; lower the rate of {lr:g}"
-        warnings.warn(f"training stopped: {self.history.stopped}. The best state so far is kept.", stacklevel=3)
-        return True
-
-    def finish(self):
-        if self.best is None:
-            self.history.best_step = self.step
-        else:
-            with torch.no_grad():
-                for weight, best in zip(self.weights, self.best, strict=True):
-                    weight.copy_(best)
-        if self.checkpoint:
-            self.checkpoint.unlink(missing_ok=True)
-        self.history.seconds = time.perf_counter() - self.begun
-        return self.history
-
-    def _save(self):
-        self.history.seconds = time.perf_counter() - self.begun
-        state = {
-            "settings": self.settings,
-            "step": self.step,
-            "history": asdict(self.history),
-            "best": self.best,
-            "weights": [weight.detach() for weight in self.weights],
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "randomness": torch.get_rng_state(),
-        }
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_name(f".{self.checkpoint.name}.{os.getpid()}")
-        torch.save(state, temporary)
-        temporary.replace(self.checkpoint)
-
-    def _resume(self):
-        state = torch.load(self.checkpoint, weights_only=True)
-        if state["settings"] != self.settings:
-            raise ValueError(f"{self.checkpoint} is of a run with other settings; delete it or name another file")
-        with torch.no_grad():
-            for weight, saved in zip(self.weights, state["weights"], strict=True):
-                weight.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best, self.randomness = state["step"], state["best"], state["randomness"]
-        self.history = Training(**state["history"])
-
-
-def _trainable(trained, rows, batch_size):
-    if len(rows) < batch_size:
-        raise ValueError(
-            f"the training set has {len(rows)} rows, fewer than one batch of {batch_size}; pass a smaller batch_size"
-        )
-    weights = [weight for weight in trained.parameters() if weight.requires_grad]
-    if not weights:
-        raise ValueError("there is nothing to train: no parameter of this module requires gradients")
-    return weights
 
 
 def restore_states(optimizer, state_dict, place):
@@ -282,3 +197,19 @@ def checkpoint_activations(model, on=True):
         getattr(model, f"{name}_checkpointing_disable")()
         with suppress(AttributeError):  # where switching it on has put no such hook
             model.disable_input_require_grads()
+
+
+def _context_length(body, tokenizer):
+    """The most tokens that a body takes, by its configuration and by its tokenizer; very many if neither says."""
+    positions = getattr(body.config, "max_position_embeddings", None) or 0
+    limits = [tokenizer.model_max_length, positions if positions > 0 else 10**9]
+    for name, module in body.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa's kind counts from behind it
+    return min(limits)
+
+
+def _without_empty(texts, tokenizer, cut):
+    """The texts, with the padding token for each that has no token at all: a mean over nothing is no number."""
+    found = tokenizer(texts, **cut).input_ids
+    return [text if ids else tokenizer.pad_token for text, ids in zip(texts, found, strict=True)]
