@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help book test lab run lint bench publish assignments grade colab setup
+.PHONY: help book test lab run lint bench floors publish assignments grade colab setup
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ run: setup ## execute notebooks in place: make run CHAPTER=book/1-prompts/2-prom
 
 bench: setup ## measure the budgets on this machine, print them and write lib/tuning/results/bench.json
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m tuning.experiments.bench
+
+floors: ## unit tests at pyproject.toml's lower bounds: make floors TESTS=tests/test_lora.py (all without it)
+	@$(PYTHON) lib/tools/floors.py $(TESTS)
 
 publish: setup ## name the repository that notebooks install from: make publish REPO=owner/name TAG=v1.0.0
 	@$(BIN)/python lib/tools/notebooks.py publish "$(REPO)" "$(TAG)"

