@@ -8,7 +8,7 @@ import tuning
 
 LIBRARY = Path(tuning.__file__).parent
 FLOORS = [
-    {"charts", "checks", "data", "drawings", "files", "models", "plots", "records", "wrappers"},
+    {"charts", "checks", "data", "drawings", "files", "models", "plots", "records", "runs", "targets", "wrappers"},
     {"chat", "evaluate", "memory", "nf4", "prompts", "training"},  # what methods share
     {"adapter_files", "four_bit_files", "lomo", "lora", "nf4_kernel", "p_tuning", "preferences", "qlora"},  # methods
     {"simulate"},  # puts the methods side by side
@@ -16,6 +16,8 @@ FLOORS = [
 BESIDE = {  # what imports a neighbour on its own floor
     "models": {"files"},
     "records": {"data"},
+    "runs": {"files"},
+    "targets": {"wrappers"},
     "chat": {"prompts"},
     "evaluate": {"prompts"},
     "qlora": {"lora"},
