@@ -89,23 +89,34 @@ def reply(model, tokenizer, questions, max_new_tokens=64, vectors=None, batch_si
     """
     replies = []
     for start in range(0, len(questions), batch_size):
-        rows = [_question_ids(tokenizer, question) for question in questions[start : start + batch_size]]
-        ids, mask = _padded_left(rows, tokenizer.pad_token_id)
-        _check_length(model, ids.shape[1] + max_new_tokens, vectors, "ask less, or lower max_new_tokens")
-        inputs, mask = _with_prompt(model, ids.to(model.device), mask.to(model.device), vectors)
+        batch = questions[start : start + batch_size]
+        inputs, old = _asked(model, tokenizer, batch, max_new_tokens, vectors)
         with evaluating(model):
             out = model.generate(
                 **inputs,
-                attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
-        new = out if vectors is not None else out[:, ids.shape[1] :]  # from vectors generate gives the new tokens only
-        replies += [_read(tokenizer, row) for row in new.tolist()]
+        replies += [_read(tokenizer, row[old:]) for row in out.tolist()]
     return replies
+
+
+def _asked(model, tokenizer, questions, max_new_tokens, vectors):
+    """What `generate` takes for a batch, and how many tokens of what it gives are not new.
+
+    Rows are padded on the left: they end together, and go on from there.
+    """
+    rows = [_question_ids(tokenizer, question) for question in questions]
+    length = max(map(len, rows))
+    _check_length(model, length + max_new_tokens, vectors, "ask less, or lower max_new_tokens")
+    ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    inputs, mask = _with_prompt(model, ids, mask, vectors)
+    # From vectors it gives the new tokens only.
+    return inputs | {"attention_mask": mask}, length if vectors is None else 0
 
 
 def _read(tokenizer, row):
@@ -118,14 +129,6 @@ def _read(tokenizer, row):
 def _question_ids(tokenizer, question):
     messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
     return _ids(tokenizer, messages, add_generation_prompt=True)
-
-
-def _padded_left(rows, pad):
-    """Token ids and their mask, each (batch, seq), so that all rows end together and go on from there."""
-    length = max(map(len, rows))
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 def _reply_ids(tokenizer, messages, asked):
