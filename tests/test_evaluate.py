@@ -16,6 +16,7 @@ from tuning.evaluate import (
     share_right,
     text_losses,
 )
+from tuning.models import load_lm
 
 
 def test_share_right_is_the_first_choice_of_the_vocabulary():
@@ -81,3 +82,14 @@ def test_losses_of_texts_do_not_hang_on_their_batch(smollm2):
             logs = model(ids).logits[0, :-1].double().log_softmax(dim=1)
         assert count == ids.shape[1] - 1
         assert total == pytest.approx(-logs.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-4, abs=1e-6)
+
+
+def test_losses_are_those_of_evaluation_mode(tiny_gpt2):
+    model, tokenizer = load_lm(str(tiny_gpt2), device="cpu")  # has dropout
+    texts = ["the city of paris", "is in"]
+    expected = text_losses(model, tokenizer, texts)
+    model.train()
+    assert torch.equal(text_losses(model, tokenizer, texts), expected)
+    assert model.training
+    with pytest.raises(ValueError, match="no texts"):
+        text_losses(model, tokenizer, [])

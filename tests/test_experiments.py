@@ -526,9 +526,9 @@ def test_full_tuning_runs_on_a_tiny_model(tmp_path, tiny_llama, monkeypatch):
         assert results[f"run/{name}/0"]["n"] == 8 and results[f"run/{name}/0"]["perplexity elsewhere"] > 1
     held = {name: results[f"live/{name}"]["largest"]["gradients"] for name in full_tuning.RATES}
     assert held["LOMO"] < held["AdamW"] and held["AdaLomo"] < held["AdamW"]
-    rows = record.method_rows(results, full_tuning.RATES, "AdamW")
+    rows = record.method_rows(results, full_tuning.RATES, "AdamW", full_tuning.SEEDS)
     assert rows["LoRA"]["trained"] == rows["QLoRA"]["trained"] != rows["LOMO"]["trained"]
-    assert record.gain(results, "LOMO", "LOMO") == (0, 0, 0)
+    assert record.gain(results, "LOMO", "LOMO", full_tuning.SEEDS) == (0, 0, 0)
 
 
 def test_a_gain_of_recorded_runs():

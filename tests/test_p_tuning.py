@@ -498,3 +498,13 @@ def test_an_answer_outside_the_vocabulary_is_refused(smollm2, answer):
 def test_an_odd_hidden_size_has_no_two_halves():
     with pytest.raises(ValueError, match="hidden size of 7 cannot be halved"):
         PromptEncoder(3, 7)
+
+
+def test_logits_of_facts_are_those_of_their_subjects(smollm2):
+    model, tokenizer = smollm2
+    cities = ["Osaka", "Lyon"]
+    facts = [(city, 1) for city in cities]
+    template = "The city of [X] is in the country of [Y]."
+    assert torch.equal(
+        prompt_logits(model, tokenizer, template, facts), prompt_logits(model, tokenizer, template, cities)
+    )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from .data import load_facts
-from .prompts import answer_id
+from .prompts import answer_id, evaluating
 
 __all__ = ["bootstrap_interval", "hits_at_1", "paired_interval"]
 
@@ -139,15 +139,24 @@ def perplexity(model, tokenizer, texts, batch_size=16):
 
 @torch.no_grad()
 def text_losses(model, tokenizer, texts, batch_size=16):
-    """(texts, 2) float64: for each text the sum of -log p of its tokens after the first, and their number."""
+    """(texts, 2) float64: for each text the sum of -log p of its tokens after the first, and their number.
+
+    The model is in evaluation mode meanwhile.
+
+    Raises:
+        ValueError: no texts.
+    """
+    if not texts:
+        raise ValueError("there are no texts to score; is the list empty?")
     found = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
-        batch = batch.to(model.device)
-        logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
-        labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
-        loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
-        found.append(torch.stack([loss.sum(dim=1), (labels >= 0).sum(dim=1)], dim=1))
+    with evaluating(model):
+        for start in range(0, len(texts), batch_size):
+            chosen = texts[start : start + batch_size]
+            batch = tokenizer(chosen, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+            logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
+            labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)
+            loss = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (batch, seq - 1)
+            found.append(torch.stack([loss.sum(dim=1), (labels >= 0).sum(dim=1)], dim=1))
     return torch.cat(found).double().cpu()
 
 

@@ -56,7 +56,8 @@ def trace(model):
     if hasattr(weight, "full_tensor"):  # where FSDP has cut it into pieces
         weight = weight.full_tensor()
     some = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
-    return [*weight.shape, *weight[some].float().norm(dim=1).tolist()]
+    lengths = weight[some].float().norm(dim=1).tolist()
+    return [*weight.shape, *(float(f"{length:.3g}") for length in lengths)]
 
 
 def same_trace(one, other):

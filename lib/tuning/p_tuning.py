@@ -155,8 +155,13 @@ def nearest_tokens(vectors, embeddings):
 
 
 def prompt_logits(model, tokenizer, template, subjects, vectors=None, batch_size=32):
-    """`answer_logits` of a template, with `vectors` (length, hidden) at its `[P]` slots if it has any."""
-    return answer_logits(model, tokenizer, _prompts(tokenizer, template, subjects, vectors), batch_size, vectors)
+    """`answer_logits` of a template, with `vectors` (length, hidden) at its `[P]` slots if it has any.
+
+    Args:
+        subjects: texts, or (subject, answer) pairs, whose answers are not looked at.
+    """
+    texts = [row if isinstance(row, str) else row[0] for row in subjects]
+    return answer_logits(model, tokenizer, _prompts(tokenizer, template, texts, vectors), batch_size, vectors)
 
 
 def save_prompt(path, model, template, vectors):

@@ -233,7 +233,7 @@ def elsewhere(model, tokenizer, task):
     rows = [fact for facts in load_facts(relation).values() for fact in one_token_facts(tokenizer, facts)]
     p_at_1 = None  # where the model knows none of the answers as one token
     if rows:
-        logits = prompt_logits(model, tokenizer, template, [subject for subject, _ in rows])
+        logits = prompt_logits(model, tokenizer, template, rows)
         p_at_1 = hits_at_1(logits, [answer for _, answer in rows]).double().mean().item()
     return {"relation": relation, "p_at_1": p_at_1, "perplexity": perplexity(model, tokenizer, task.other_text)}
 

@@ -44,7 +44,13 @@ def optimizer_and_step(name, model, lr, steps):
     if name == "AdamW" or "LoRA" in name:
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer, schedule = optimizer_for(weights, lr, steps)
-        return optimizer, lambda loss: take_step(weights, optimizer, schedule, loss)
+
+        def checked_step(loss):
+            norm = take_step(weights, optimizer, schedule, loss)
+            if not norm.isfinite():
+                raise FloatingPointError(f"the gradient's norm is {norm:g}")
+
+        return optimizer, checked_step
     kind = AdaLomo if name == "AdaLomo" else Lomo
     optimizer = kind(model, lr, clip_norm=1.0 if "clipped" in name else None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))

@@ -20,6 +20,7 @@ from ..evaluate import perplexity
 from ..lora import add_lora, unload
 from ..models import load_lm
 from ..p_tuning import PromptEncoder
+from ..prompts import embeddings_of
 from ..records import (
     GENERAL,
     SHOWN,
@@ -77,7 +78,7 @@ def run(name, model, tokenizer, data, lr, seed, steps, test=True):
         before = copy.deepcopy(model.state_dict())
     elif name == "P-tuning":
         ids = tokenizer(INSTRUCTION).input_ids
-        start = model.get_input_embeddings().weight[ids].detach()
+        start = embeddings_of(model, ids)
         encoder = PromptEncoder(len(ids), start.shape[1], start).to(model.device)
     else:
         add_lora(model, "all-linear", rank=8, alpha=16)

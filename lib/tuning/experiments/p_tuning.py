@@ -15,6 +15,7 @@ from ..data import TEMPLATES
 from ..evaluate import facts_with_ids, p_at_1
 from ..models import load_lm
 from ..p_tuning import PromptEncoder, soften
+from ..prompts import embedding_size
 from .prompt_tuning import (
     HANDCRAFTED,
     RELATION,
@@ -38,7 +39,7 @@ def build(model, tokenizer, kind, seed, wording=HANDCRAFTED):
     if kind.endswith("from text"):
         template, start = soften(model, tokenizer, wording)
     torch.manual_seed(seed)
-    return template, PromptEncoder(template.count("[P]"), model.config.hidden_size, start, KINDS[kind])
+    return template, PromptEncoder(template.count("[P]"), embedding_size(model), start, KINDS[kind])
 
 
 def main(arguments=None):

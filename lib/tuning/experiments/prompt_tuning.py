@@ -12,6 +12,7 @@ import torch
 from ..evaluate import facts_with_ids, p_at_1, share_right
 from ..models import load_lm
 from ..p_tuning import PromptVectors, answer_loss, prompt_logits, soften
+from ..prompts import embeddings_of
 from ..training import train
 from .record import Recorder, option_parser
 
@@ -36,7 +37,7 @@ def starting_vectors(model, tokenizer, kind, length, seed):
     """
     if kind == "text":
         return soften(model, tokenizer, HANDCRAFTED)
-    embeddings = model.get_input_embeddings().weight.detach().float()
+    embeddings = embeddings_of(model).float()
     generator = torch.Generator().manual_seed(seed)
     if kind == "vocabulary":
         tokens = torch.randint(len(embeddings), (length,), generator=generator)
@@ -47,7 +48,7 @@ def starting_vectors(model, tokenizer, kind, length, seed):
 
 def right(model, tokenizer, template, facts, vectors=None):
     """(n,) bool: P@1 over the vocabulary, fact by fact."""
-    return share_right(prompt_logits(model, tokenizer, template, [subject for subject, _ in facts], vectors), facts)
+    return share_right(prompt_logits(model, tokenizer, template, facts, vectors), facts)
 
 
 def tune(model, tokenizer, data, template, encoder, lr, steps, seed, test=True):

@@ -170,7 +170,9 @@ def method_rows(runs, methods, base, seeds=(0, 1, 2)):
         rows[method] = {
             "rate": f"{three[0]['lr']:g}",
             "test": f"{sum(scores) / len(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})",
-            f"over {base}": "" if method == base else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain(runs, method, base)),
+            f"over {base}": ""
+            if method == base
+            else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain(runs, method, base, seeds)),
             "perplexity elsewhere": f"x {min(elsewhere):.2f} to {max(elsewhere):.2f}",
             "trained": f"{live['trained']:,}",
             "stored, MB": round(4 * live["trained"] / 1e6),
@@ -178,6 +180,9 @@ def method_rows(runs, methods, base, seeds=(0, 1, 2)):
             "peak, MB": round(sum(live["peak"].values()) / 1e6),
             "ms a step": round(1000 * min(run["seconds"] for run in three) / len(three[0]["losses"])),
         }
+        if method != base:
+            mean, low, high = gain(runs, method, base, seeds)
+            rows[method][f"over {base}"] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
     return rows
 
 
