@@ -8,9 +8,12 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from small_models import IDS, fill, logits, small, tiny_llama
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
-from tuning.lora import add_lora, linear_layers, warn_of_experts
+from tuning.lora import adapted_layers, add_lora, linear_layers, merge, unload, use_adapter, warn_of_experts
 from tuning.targets import stacked_weights
 from tuning.training import Classifier, mean_of_tokens
 
@@ -120,3 +123,109 @@ def test_without_experts_nothing_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         add_lora(moe, ["q_proj"], rank=2)  # a choice by name is the reader's own
+
+
+# --- names under wrappers
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+def compiled_layer(model):
+    model.model.layers[0] = compiled(model.model.layers[0])
+    return model
+
+
+def compiled_linear(model):
+    """Compiled one by one, and run once: what was compiled must not be what answers later."""
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = compiled(attention.q_proj)
+    logits(model)
+    return model
+
+
+def checkpointed_layers(model):
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = checkpoint_wrapper(layer)
+    return model
+
+
+def checkpointed_linear(model):
+    model.model.layers[1].self_attn.q_proj = checkpoint_wrapper(model.model.layers[1].self_attn.q_proj)
+    return model
+
+
+def compiled_and_run(model):
+    model = compiled(model)
+    logits(model)
+    return model
+
+
+WRAPPINGS = [
+    compiled_and_run,
+    nn.DataParallel,
+    AveragedModel,
+    checkpoint_wrapper,
+    compiled_layer,
+    compiled_linear,
+    checkpointed_layers,
+    checkpointed_linear,
+    lambda model: nn.DataParallel(compiled(checkpointed_layers(model))),
+]
+NAMES = ["compiled", "parallel", "averaged", "checkpointed", "layer", "linear", "each", "inner", "three"]
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS, ids=NAMES)
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "layers.1.mlp.up_proj"], r"model\.layers\.\d\..*(q|down)_proj"]
+)
+def test_names_are_the_bare_model_s(wrap, targets):
+    """An adapter put into a wrapped model has the names and gives the numbers that it has and gives in the bare one."""
+    bare, wrapped = tiny_llama(), wrap(tiny_llama())
+    before = logits(wrapped)
+    expected = add_lora(bare, targets, rank=3, alpha=5)
+    assert add_lora(wrapped, targets, rank=3, alpha=5) == expected == list(adapted_layers(wrapped))
+    torch.testing.assert_close(logits(wrapped), before, rtol=0, atol=0)
+    for model in (bare, wrapped):
+        for seed, layer in enumerate(adapted_layers(model).values()):
+            fill(layer.adapters["default"], seed)
+    torch.testing.assert_close(logits(wrapped), logits(bare))
+    assert (logits(wrapped) - before).abs().max() > 0.1
+    use_adapter(wrapped, None)
+    torch.testing.assert_close(logits(wrapped), before)
+    use_adapter(wrapped, "default")
+    for model in (bare, wrapped):
+        merge(model)
+    torch.testing.assert_close(logits(wrapped), logits(bare))
+    unload(wrapped)
+    torch.testing.assert_close(logits(wrapped), logits(bare))
+    assert not [name for name, _ in wrapped.named_parameters() if "adapters" in name or ".base." in name]
+
+
+def test_a_part_that_is_called_module_keeps_its_name():
+    model = nn.DataParallel(nn.ModuleDict({"module": small(), "other": nn.Linear(3, 3)}))
+    assert add_lora(model, ["wide", "other"], rank=2) == ["module.wide", "other"]
+    assert linear_layers(model).keys() == {"module.wide", "module.narrow", "module.turned", "other"}
+
+
+def test_a_copy_in_a_compiled_model_is_what_answers():
+    model = compiled(small())
+    model(IDS)
+    add_lora(model, ["wide"], rank=2, modules_to_save=["narrow"])
+    bare, before = small(), model(IDS)
+    torch.testing.assert_close(before, bare(IDS))
+    model.narrow.adapters["default"].weight.data.mul_(3)
+    bare.narrow.weight.data.mul_(3)
+    torch.testing.assert_close(model(IDS), bare(IDS))
+    assert not torch.allclose(model(IDS), before)
+
+
+def test_an_error_names_layers_of_the_bare_model():
+    model = compiled_linear(tiny_llama())
+    with pytest.raises(
+        ValueError, match=r"target 'query' matches no layer; .*\['down_proj', 'embed_tokens', 'gate_proj'"
+    ):
+        add_lora(model, ["query"])
+    with pytest.raises(ValueError, match="matches no layer"):
+        add_lora(nn.DataParallel(tiny_llama()), ["_orig_mod"])

@@ -23,7 +23,7 @@ from .lora import (
     new_adapter,
     trained_copy,
 )
-from .targets import compiled, find_targets, find_whole, matching
+from .targets import compiled, find_targets, find_whole, matching, outside
 from .wrappers import unwrapped, whole
 
 __all__ = ["pattern_value", "peft_tensors"]
@@ -209,7 +209,7 @@ def _layers(modules, config, copied):
     """The layers that a file's adapter stands beside. Names that this model has not are skipped, as peft does."""
     targets, excluded = config["target_modules"], config["exclude_modules"]
     if not isinstance(targets, str):
-        targets = [name for name in targets if matching(modules, name)] or targets
+        targets = [name for name in targets if matching(outside(modules, copied), name)] or targets
     layers = find_targets(modules, targets, apart=copied)
     if isinstance(excluded, str):
         without = [path for path in layers if compiled(excluded).fullmatch(path)]

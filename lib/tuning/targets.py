@@ -44,13 +44,18 @@ def all_linear(modules):
     return [path for path in linear if path.split(".")[0] not in HEADS and modules[path].weight is not weight]
 
 
+def outside(paths, apart):
+    """The paths that are neither one of the modules `apart`, nor in one, nor the whole model."""
+    return [path for path in paths if path and not any(f"{path}.".startswith(f"{other}.") for other in apart)]
+
+
 def find_targets(modules, targets, apart=()):
     """{name: layer} of the layers that `targets` names; none is one of the modules `apart`, or in one of them.
 
     Args:
         targets: names, whole or their last parts; "all-linear"; or a pattern that whole names must match.
     """
-    paths = [p for p in modules if p and not any(f"{p}.".startswith(f"{other}.") for other in apart)]
+    paths = outside(modules, apart)
     asked = None
     if targets == "all-linear":
         found = set(all_linear(modules))
