@@ -126,6 +126,9 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: change_config(f, r=0), "rank 0 is none"),
         (lambda f: change_config(f, lora_dropout=1.5), "dropout 1.5 is no probability"),
         (lambda f: change_config(f, target_modules=[]), "the targets match no layer"),
+        (lambda f: change_config(f, target_modules=None), "is no adapter that peft or save_adapter wrote"),
+        (lambda f: change_config(f, peft_type=None), "is no adapter that peft or save_adapter wrote"),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), "is no adapter that peft or save_adapter wrote"),
         (lambda f: change_config(f, target_modules=7), "is no adapter that peft or save_adapter wrote"),
         (lambda f: change_config(f, target_modules="*q_proj"), r"'\*q_proj' is no pattern of names"),
         (
@@ -138,6 +141,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: change_config(f, rank_pattern=[3]), "is no adapter that peft or save_adapter wrote"),
         (lambda f: change_config(f, alpha_pattern={"v_proj": -1}), "alpha -1 must be above 0"),
         (lambda f: change_config(f, modules_to_save=3), "is no adapter that peft or save_adapter wrote"),
+        (lambda f: change_config(f, modules_to_save="norm"), "is no adapter that peft or save_adapter wrote"),
+        (lambda f: change_config(f, rank_pattern=["q_proj"]), "is no adapter that peft or save_adapter wrote"),
         (lambda f: change_tensors(f, lambda t: t.update({HEAD: torch.ones(16)})), f"an unknown {HEAD}"),
         (lambda f: change_config(f, use_dora=True), "uses use_dora, which this book does not build"),
         (lambda f: change_config(f, init_lora_weights="pissa"), "uses init_lora_weights"),

@@ -297,6 +297,14 @@ def test_a_trained_copy_is_merged_and_unloaded():
     torch.testing.assert_close(unload(model)(IDS), small()(IDS), rtol=0, atol=0)  # not merged: as it was
 
 
+def test_a_module_in_a_module_that_is_trained_whole_is_trained_once():
+    model = nn.Sequential(small(), nn.Linear(7, 3))
+    assert add_lora(model, ["1"], rank=2, modules_to_save=["0", "wide", "0.narrow"]) == ["1"]
+    assert [path for path, layer in model.named_modules() if type(layer) is TrainedCopy] == ["0"]
+    with pytest.raises(ValueError, match="'' of modules_to_save matches no module"):
+        add_lora(model, ["1"], rank=2, name="whole", modules_to_save=[""])
+
+
 def test_what_cannot_be_trained_whole_is_refused():
     model = tiny_llama()
     for name in ("embed_tokens", "lm_head"):

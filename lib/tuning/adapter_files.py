@@ -26,7 +26,7 @@ from .lora import (
 from .targets import compiled, find_targets, find_whole, matching, outside
 from .wrappers import unwrapped, whole
 
-__all__ = ["pattern_value", "peft_tensors"]
+__all__ = ["peft_tensors"]
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before each name
@@ -65,7 +65,8 @@ def save_adapter(folder, model, name="default"):
     """Write an adapter as peft does: `adapter_model.safetensors` and `adapter_config.json`, both or neither.
 
     The model's name and the lengths of some of its embeddings go along, to tell another model apart (not a fine-tuned
-    copy of the same one, whose lengths hardly differ). Where several processes train, all call it and the first writes.
+    copy of the same one, whose lengths hardly differ). Where several processes train, all call it and the first writes;
+    FSDP of the first kind has whole weights only in its `summon_full_params`.
 
     Raises:
         ValueError: no such adapter, the model is merged, or a weight is not finite.
@@ -81,7 +82,7 @@ def save_adapter(folder, model, name="default"):
             tensors[key] = whole(tensor).cpu().contiguous()
     check_finite(tensors)
     metadata = {"format": "pt", "trace": json.dumps(trace(unwrapped(model)))}
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
         _write(Path(folder), tensors, metadata, _settings(model, layers, name))
 
 
@@ -196,12 +197,13 @@ def _read(folder):
 def _checked(config):
     """Settings with what peft leaves out; an error of any kind if they are not of the kind that peft writes."""
     config = DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    for pattern in (*config["rank_pattern"], *config["alpha_pattern"]):
+    for pattern, _ in (*config["rank_pattern"].items(), *config["alpha_pattern"].items()):
         compiled(pattern)
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        if not isinstance(config[key], str) and not all(isinstance(name, str) for name in config[key]):
-            raise TypeError(f"{key} {config[key]!r} are no names")
-    config["r"], config["lora_alpha"]  # must be there
+        names = [config[key]] if isinstance(config[key], str) and key != "modules_to_save" else config[key]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{key} {config[key]!r} is no list of names")
+    config["peft_type"], config["r"], config["lora_alpha"]  # must be there
     return config
 
 

@@ -136,6 +136,9 @@ def add_lora(
 ):
     """Freeze the model, put an adapter beside each target, in place, and make it the active one.
 
+    Where several processes train, call it before DistributedDataParallel or FSDP wraps the model: these note then which
+    parameters there are.
+
     Args:
         model: any `nn.Module`. Call it again with another `name` for a second adapter.
         targets: names of layers (`nn.Linear`, `nn.Embedding` or transformers' `Conv1D`), whole or their last parts,
@@ -145,12 +148,12 @@ def add_lora(
         modules_to_save: names of modules of which the adapter trains a whole copy, e.g. `["score"]`, a new head.
 
     Returns:
-        The names of the adapted layers, in the model's order.
+        The names of the adapted layers in the bare model, in its order.
 
     Raises:
-        ValueError: a rank that is no rank of the matrix, a dropout that is no probability, a target that matches
-            nothing or is no such layer, a tied weight, a merged model, or a name that is in use or cannot be used.
-            The model is then as it was.
+        ValueError: a rank that is no rank of the matrix, a dropout that is no probability, a name that matches nothing
+            or is of no such layer, a tied weight, a merged model, or a name that is in use or cannot be used. The model
+            is then as it was.
     """
     modules = frozen_modules(model)
     copied = find_whole(modules, modules_to_save)

@@ -79,12 +79,13 @@ def find_whole(modules, names):
     """The names of the modules that `names` names, whole or by their last parts, to be trained whole."""
     if isinstance(names, str):
         raise ValueError(f"modules_to_save is a text, {names!r}; put names in a list")
-    found = []
+    found = set()
     for name in names:
-        paths = matching(modules, name)
+        paths = matching(outside(modules, ()), name)
         if not paths:
             raise ValueError(f"{name!r} of modules_to_save matches no module; print(model) shows their names")
-        found += [path for path in paths if not any(path.startswith(f"{outer}.") for outer in paths)]
+        found.update(paths)
+    found = [path for path in modules if path in found and not any(path.startswith(f"{outer}.") for outer in found)]
     uses = count_uses(modules)
     for path in found:
         weights = list(modules[path].parameters())
