@@ -26,7 +26,7 @@ from .lora import (
 from .targets import compiled, find_targets, find_whole, matching, outside
 from .wrappers import unwrapped, whole
 
-__all__ = ["peft_tensors"]
+__all__ = ["pattern_value", "peft_tensors"]
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # what peft puts before each name
