@@ -22,6 +22,8 @@ from .qlora import Linear4bit, four_bit
 from .targets import warn_of_experts
 from .wrappers import INNER, bare_modules, put_module, unwrapped
 
+__all__ = ["quantize_while_reading"]
+
 TENSORS, SETTINGS = "model_4bit.safetensors", "four_bits.json"
 FORMAT = 2  # of the settings; in 1, which has no number, all layers were of one kind and block size
 PARTS = ("weight", "scales", "scale_scales", "scale_mean")
