@@ -627,7 +627,7 @@ def test_one_step_cannot_be_timed(tmp_path):
 def test_pieces_of_another_device_are_not_taken_up(tmp_path):
     calls = []
     for device in ("cpu", "cuda"):
-        record.Recorder("trial", tmp_path, device, 1, seed=0).piece("a", lambda: calls.append(1))
+        record.Recorder("trial", tmp_path, device, 1, module="lora", seed=0).piece("a", lambda: calls.append(1))
     assert len(calls) == 2
 
 
