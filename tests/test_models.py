@@ -29,14 +29,15 @@ def copy_of_cache(tmp_path, monkeypatch):
     return folder
 
 
-def write_cache(folder, tokens=models.TOKENS, ids=models.TOKEN_IDS, listed=()):
+def write_cache(folder, tokens=models.TOKENS, ids=models.TOKEN_IDS, listed=(), manifest=None):
     """A small folder that passes for a converted model unless told otherwise; `listed` narrows its manifest."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
     (folder / "config.json").write_text(json.dumps(ids))
     names = listed or [file.name for file in folder.iterdir()]
-    (folder / "manifest.json").write_text(json.dumps({name: sha256(folder / name) for name in names}))
+    manifest = manifest or json.dumps({name: sha256(folder / name) for name in names})
+    (folder / "manifest.json").write_text(manifest)
 
 
 def stub_conversion(monkeypatch):
@@ -194,6 +195,9 @@ def test_intact_cache_is_not_built_again(monkeypatch, tmp_path):
         {"ids": {}},
         {"listed": ["config.json", "tokenizer_config.json"]},
         {"listed": ["config.json", "model.safetensors"]},
+        {"ids": []},
+        {"manifest": '["config.json"]'},
+        {"manifest": "3"},
     ],
 )
 def test_a_foreign_cache_is_built_again_and_said(foreign, monkeypatch, tmp_path, capsys):

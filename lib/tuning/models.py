@@ -205,7 +205,7 @@ def _fault(folder):
                 return f"is not one that this library wrote ({name} is another)"
         if "model.safetensors" not in manifest:
             return "is incomplete (model.safetensors is not in its manifest)"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON that is no object
         return f"is incomplete ({type(error).__name__})"
     return None
 
