@@ -195,8 +195,9 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_merged(tmp_path):
 
 def test_every_setting_of_the_installed_peft_is_read_or_harmless_or_refused():
     names = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert names == adapter_files.READ | adapter_files.HARMLESS | adapter_files.REFUSED
-    assert len(names) == len(adapter_files.READ) + len(adapter_files.HARMLESS) + len(adapter_files.REFUSED)
+    kinds = (adapter_files.READ, adapter_files.HARMLESS, adapter_files.REFUSED)
+    assert names <= set().union(*kinds)  # an older peft has fewer
+    assert len(set().union(*kinds)) == sum(map(len, kinds))
 
 
 @pytest.mark.parametrize("key", sorted(adapter_files.REFUSED))

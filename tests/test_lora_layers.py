@@ -56,7 +56,7 @@ def linear_names(model):
             None,
             ["lm_head"],
         ),
-        ("BartForConditionalGeneration", BART, "SEQ_2_SEQ_LM", None, ["lm_head"]),
+        ("BartForConditionalGeneration", BART, None, None, ["lm_head"]),
         ("BertModel", BERT, "FEATURE_EXTRACTION", None, []),
     ],
 )
