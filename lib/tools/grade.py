@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import runner
 import sandbox
 from kit import Kit
+from tuning.files import replace
 
 TOOLS = Path(__file__).parent
 LIBRARY = TOOLS.parent / "tuning"
@@ -154,11 +155,7 @@ def report(student, kit, result):
 
 
 def write(path, text):
-    """To a temporary name, then renamed: a killed run leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def table(kit, results):

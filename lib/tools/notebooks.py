@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import os
 import re
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from tuning.files import replace
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "_config.yml"
@@ -87,9 +87,7 @@ def merge_streams(outputs):
 
 def write(book, path):
     nbformat.validate(book)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    nbformat.write(book, temporary)
-    temporary.replace(path)
+    replace(path, lambda temporary: nbformat.write(book, temporary))
 
 
 def readme_pictures(root=ROOT):
