@@ -8,12 +8,21 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from small_models import IDS, fill, logits, small, tiny_llama
+from small_models import IDS, LAYERS, fill, logits, small, tiny_llama
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
-from tuning.lora import adapted_layers, add_lora, linear_layers, merge, unload, use_adapter, warn_of_experts
+from tuning.lora import (
+    adapted_layers,
+    add_lora,
+    linear_layers,
+    merge,
+    unload,
+    unmerge,
+    use_adapter,
+    warn_of_experts,
+)
 from tuning.targets import stacked_weights
 from tuning.training import Classifier, mean_of_tokens
 
@@ -229,3 +238,46 @@ def test_an_error_names_layers_of_the_bare_model():
         add_lora(model, ["query"])
     with pytest.raises(ValueError, match="matches no layer"):
         add_lora(nn.DataParallel(tiny_llama()), ["_orig_mod"])
+
+
+# --- layers that are wrapped after their adapter came
+
+
+WRAPPERS = pytest.mark.parametrize("wrap", [compiled, checkpoint_wrapper, nn.DataParallel])
+
+
+@WRAPPERS
+@pytest.mark.parametrize("part", ["base", "adapters.default"])
+def test_a_wrapped_layer_or_adapter_is_merged_as_a_bare_one(wrap, part):
+    """The bare model's arithmetic is that of peft's (tests/test_lora.py)."""
+    bare, model = small(), small()
+    for each in (bare, model):
+        for seed, name in enumerate(add_lora(each, LAYERS, rank=3, alpha=5)):
+            fill(each.get_submodule(name).adapters["default"], seed)
+    for name in LAYERS:
+        path = f"{name}.{part}"
+        model.set_submodule(path, wrap(model.get_submodule(path)))
+    expected = bare(IDS)
+    torch.testing.assert_close(model(IDS), expected)
+    for change in (merge, unmerge, merge):
+        change(bare)
+        change(model)
+        for name in LAYERS:
+            assert torch.equal(model.get_submodule(name).weight, bare.get_submodule(name).weight)
+        assert torch.equal(model.wide.bias, bare.wide.bias)
+        torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    assert unload(model)(IDS).shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules_to_save"), [(["words", "narrow"], []), (["words"], ["narrow"]), (["1"], ["0.narrow"])]
+)
+def test_no_adapter_is_put_into_what_another_trains_whole(targets, modules_to_save):
+    model = nn.Sequential(small(), nn.Linear(7, 3))
+    add_lora(model, ["1"], rank=2, name="one", modules_to_save=["0"])
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    with pytest.raises(
+        ValueError, match="0 would be trained whole by one adapter and by low rank or in part by another"
+    ):
+        add_lora(model, targets, rank=2, name="two", modules_to_save=modules_to_save)
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .targets import all_linear, find_targets, find_whole, sizes, warn_of_experts
-from .wrappers import bare_modules, inner_name, put_module
+from .wrappers import bare_modules, inner_name, put_module, unwrapped
 
 __all__ = ["AdaptedLayer", "EmbeddingLoRA", "LoRA", "add_lora", "merge", "unmerge", "use_adapter"]
 
@@ -90,17 +90,18 @@ class AdaptedLayer(nn.Module):
 
     def delta(self):
         """What merging the active adapter adds, in the shape of the base's weight."""
-        delta = self.adapters[self.active].delta()  # (out, in)
-        return delta.T if isinstance(self.base, (Conv1D, nn.Embedding)) else delta  # these keep (in, out)
+        delta = unwrapped(self.adapters[self.active]).delta()  # (out, in)
+        turned = isinstance(unwrapped(self.base), (Conv1D, nn.Embedding))  # these keep (in, out)
+        return delta.T if turned else delta
 
     @property
     def weight(self):
         """The base's, for models that look at it."""
-        return self.base.weight
+        return unwrapped(self.base).weight
 
     @property
     def bias(self):
-        return self.base.bias
+        return unwrapped(self.base).bias
 
 
 class TrainedCopy(AdaptedLayer):
@@ -205,7 +206,7 @@ def use_adapter(model, name):
 def merge(model):
     """W + ΔW becomes the weight of each adapted layer: the active adapter then costs nothing. In the weight's dtype."""
     for layer in _to_merge(model):
-        layer.base.weight += layer.delta()
+        layer.weight.add_(layer.delta())
         layer.merged = layer.active
 
 
@@ -216,7 +217,7 @@ def unmerge(model):
     if not layers:
         raise ValueError("nothing is merged here; call merge first")
     for layer in layers:
-        layer.base.weight -= layer.delta().to(layer.base.weight.dtype)
+        layer.weight.sub_(layer.delta().to(layer.weight.dtype))
         layer.merged = None
 
 
@@ -303,7 +304,7 @@ def check_new(layers, name, rank, alpha, dropout):
 
 
 def _check_free(model, adapters, name):
-    """Nothing is merged, no adapter has this name, and none trains by low rank what another trains whole."""
+    """Nothing is merged, no adapter has this name, and none trains by low rank or in part what another trains whole."""
     whole = [path for path, adapter in adapters.items() if not isinstance(adapter, LoRA)]
     for path, layer in bare_modules(model).items():
         if isinstance(layer, AdaptedLayer):
@@ -311,10 +312,13 @@ def _check_free(model, adapters, name):
                 raise ValueError(f"adapter {layer.merged!r} is merged into the weights; call unmerge first")
             if name in layer.adapters:
                 raise ValueError(f"there is an adapter {name!r} already (at {path}); give the new one another name")
-            mixed = path in adapters and (path in whole) != isinstance(layer, TrainedCopy)
-            if mixed or any(path.startswith(f"{outer}.") for outer in whole):
+            copied = isinstance(layer, TrainedCopy)
+            mixed = path in adapters and (path in whole) != copied
+            inside = copied and any(new.startswith(f"{path}.") for new in adapters)
+            if mixed or inside or any(path.startswith(f"{outer}.") for outer in whole):
                 raise ValueError(
-                    f"{path} would be trained whole by one adapter and by low rank by another; choose one way for both"
+                    f"{path} would be trained whole by one adapter and by low rank or in part by another; choose one "
+                    f"way for both"
                 )
 
 
@@ -349,7 +353,7 @@ def _to_merge(model):
     if not chosen or any(isinstance(layer.active, list) for layer in chosen):
         raise ValueError("merge folds one adapter into the weights; choose it with use_adapter(model, name)")
     for layer in chosen:
-        if not layer.base.weight.is_floating_point():
+        if not layer.weight.is_floating_point():
             raise ValueError("the weights are in four bits, which cannot hold the change; see qlora.dequantize_model")
         check_finite(layer.adapters[layer.active].state_dict())
     return chosen
