@@ -169,6 +169,33 @@ def test_the_adapter_of_another_model_is_refused(saved):
     load_adapter(saved, tiny_llama().bfloat16())  # the same weights in 16 bits are no other model
 
 
+def change_trace(folder, text):
+    save_file(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors", {"trace": text})
+
+
+@pytest.mark.parametrize("old", ['{"model.layers.0.self_attn.q_proj": 1.5}', "{}", "null", "3", '["1.5"]'])
+def test_a_trace_of_another_kind_is_not_compared(saved, old):
+    """The library's first files had the lengths of the adapted layers, by name."""
+    expected = tiny_llama()
+    load_adapter(saved, expected)
+    change_trace(saved, old)
+    model = tiny_llama()
+    load_adapter(saved, model)
+    torch.testing.assert_close(logits(model), logits(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [7, 52, 90])
+def test_more_or_fewer_tokens_make_no_other_model(saved, tokens):
+    model = tiny_llama()
+    model.resize_token_embeddings(tokens)
+    load_adapter(saved, model)
+    theirs = tiny_llama()
+    theirs.resize_token_embeddings(tokens)
+    theirs.model.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight)  # the new rows are random
+    theirs = PeftModel.from_pretrained(theirs, saved).eval()
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
 def test_no_file_at_all(tmp_path, saved):
     with pytest.raises(FileNotFoundError, match=r"there is no adapter in .*: it has no adapter_model\.safetensors"):
         load_adapter(tmp_path / "other", small())
@@ -422,6 +449,52 @@ def test_a_file_has_the_bare_names_whatever_is_wrapped_around(tmp_path, wrap):
     torch.testing.assert_close(logits(wrapped), logits(bare))
 
 
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, checkpoint_wrapper])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_wrapped_adapter_is_saved_as_a_bare_one(tmp_path, wrap, rslora):
+    for make, targets in ((tiny_llama, ["q_proj", "down_proj"]), (small, ["words", "wide", "turned"])):
+        model = make()
+        names = add_lora(model, targets, rank=3, alpha=5, rslora=rslora)
+        for seed, name in enumerate(names):
+            fill(model.get_submodule(name).adapters["default"], seed)
+        folders = tmp_path / make.__name__ / "bare", tmp_path / make.__name__ / "wrapped"
+        save_adapter(folders[0], model)
+        for name in names:
+            for part in ("base", "adapters.default"):
+                model.set_submodule(f"{name}.{part}", wrap(model.get_submodule(f"{name}.{part}")))
+        save_adapter(folders[1], model)
+        assert read_config(folders[0]) == read_config(folders[1])
+        expected, found = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+        load_adapter(folders[1], make())
+
+
+@pytest.mark.parametrize("wrap", [compiled, nn.DataParallel, checkpoint_wrapper])
+def test_a_trained_copy_of_wrapped_layers_has_bare_names(tmp_path, wrap):
+    kind = "RobertaForSequenceClassification"
+    model = tiny_classifier(kind)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.set_submodule(path, wrap(layer))
+    add_lora(model, ["query"], rank=3, alpha=5, modules_to_save=["classifier"])
+    for weight in model.classifier.adapters["default"].parameters():
+        nn.init.normal_(weight.data)
+    save_adapter(tmp_path, model)
+    for again in (tiny_classifier(kind), PeftModel.from_pretrained(tiny_classifier(kind), tmp_path).eval()):
+        if not isinstance(again, PeftModel):
+            load_adapter(tmp_path, again)
+        torch.testing.assert_close(logits(again.eval()), logits(model.eval()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_copys_buffers_are_saved_as_in_its_state_dict():
+    torch.manual_seed(0)
+    copied = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 2, bias=False)))
+    copied.register_buffer("unsaved", torch.ones(1), persistent=False)
+    state, found = copied.state_dict(), adapter_files.peft_tensors("0", copied)
+    assert found.keys() == {f"base_model.model.0.{key}" for key in state}
+    assert all(torch.equal(found[f"base_model.model.0.{key}"], state[key]) for key in state)
+
+
 def read_config(folder):
     return json.loads((folder / "adapter_config.json").read_text())
 
@@ -517,6 +590,20 @@ def test_a_model_without_a_matrix_to_trace_is_loaded_without_that_check(tmp_path
     save_adapter(tmp_path, model)
     torch.manual_seed(0)
     load_adapter(tmp_path, nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)))
+
+
+def test_the_adapter_of_four_bits_is_loaded_beside_the_same_whole_layers(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8), nn.Embedding(5, 3))
+
+    model = quantize_model(build())
+    add_lora(model, ["0"], rank=2, alpha=3)
+    fill(model[0].adapters["default"], 0)
+    save_adapter(tmp_path, model)
+    same = build()
+    load_adapter(tmp_path, same)
+    assert torch.equal(same[0].adapters["default"].A, model[0].adapters["default"].A)
 
 
 # --- killed while it writes

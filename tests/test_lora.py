@@ -323,9 +323,7 @@ def test_what_cannot_be_trained_whole_is_refused():
     add_lora(model, ["q_proj"], rank=2, name="one", modules_to_save=["down_proj"])
     before = list(model.state_dict())
     for targets, modules_to_save in ((["down_proj"], []), (["k_proj"], ["q_proj"]), (["up_proj"], ["self_attn"])):
-        with pytest.raises(
-            ValueError, match="would be trained whole by one adapter and by low rank or in part by another"
-        ):
+        with pytest.raises(ValueError, match="would be trained whole by one adapter and by low rank or in part by"):
             add_lora(model, targets, rank=2, modules_to_save=modules_to_save, name="two")
     assert list(model.state_dict()) == before
 

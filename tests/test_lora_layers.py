@@ -276,8 +276,6 @@ def test_no_adapter_is_put_into_what_another_trains_whole(targets, modules_to_sa
     model = nn.Sequential(small(), nn.Linear(7, 3))
     add_lora(model, ["1"], rank=2, name="one", modules_to_save=["0"])
     before = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    with pytest.raises(
-        ValueError, match="0 would be trained whole by one adapter and by low rank or in part by another"
-    ):
+    with pytest.raises(ValueError, match="0 would be trained whole by one adapter and by low rank or in part by"):
         add_lora(model, targets, rank=2, name="two", modules_to_save=modules_to_save)
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before

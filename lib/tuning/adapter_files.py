@@ -24,7 +24,7 @@ from .lora import (
     trained_copy,
 )
 from .targets import compiled, find_targets, find_whole, matching, outside
-from .wrappers import unwrapped, whole
+from .wrappers import bare_state, unwrapped, whole
 
 __all__ = ["pattern_value", "peft_tensors"]
 
@@ -44,12 +44,13 @@ DEFAULTS |= {"modules_to_save": [], "rank_pattern": {}, "use_rslora": False}
 
 def peft_tensors(path, adapter):
     """{name in peft's files: tensor} of the adapter of the layer `path`; of a trained copy all that it is made of."""
+    adapter = unwrapped(adapter)
     if isinstance(adapter, EmbeddingLoRA):
         parts = {"lora_embedding_A": adapter.A, "lora_embedding_B": adapter.B}
     elif isinstance(adapter, LoRA):
         parts = {"lora_A.weight": adapter.A, "lora_B.weight": adapter.B}
     else:
-        parts = adapter.state_dict()
+        parts = bare_state(adapter)
     return {f"{PREFIX}{path}.{part}": tensor.detach() for part, tensor in parts.items()}
 
 
@@ -81,7 +82,7 @@ def save_adapter(folder, model, name="default"):
         for key, tensor in peft_tensors(path, layer.adapters[name]).items():
             tensors[key] = whole(tensor).cpu().contiguous()
     check_finite(tensors)
-    metadata = {"format": "pt", "trace": json.dumps(trace(unwrapped(model)))}
+    metadata = {"format": "pt", "trace": json.dumps(trace(model))}
     if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
         _write(Path(folder), tensors, metadata, _settings(model, layers, name))
 
@@ -109,8 +110,8 @@ def load_adapter(folder, model, name="default"):
         expected |= peft_tensors(path, adapter)
     _check_fit(folder, expected, tensors)
     _check_frozen(folder, modules, frozen)
-    here = trace(unwrapped(model))
-    if there and here and not same_trace(there, here):
+    here = trace(model) if there else []
+    if here and not same_trace(there, here):
         raise ValueError(
             f"the adapter in {folder} was trained beside {config.get('base_model_name_or_path')}, and the weights here "
             f"are others; load that model, or train an adapter for this one"
@@ -125,7 +126,7 @@ def load_adapter(folder, model, name="default"):
 
 def _settings(model, layers, name):
     """What peft's `adapter_config.json` says of an adapter; ranks and alphas that differ, by the whole name."""
-    adapters = {path: layer.adapters[name] for path, layer in layers.items()}
+    adapters = {path: unwrapped(layer.adapters[name]) for path, layer in layers.items()}
     low = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LoRA)}
     first = next(iter(low.values()))
     ranks = {f"^{re.escape(path)}": each.rank for path, each in low.items() if each.rank != first.rank}
@@ -142,7 +143,7 @@ def _settings(model, layers, name):
         "use_rslora": first.rslora,
         "target_modules": list(low),
         "modules_to_save": [path for path in adapters if path not in low] or None,
-        "fan_in_fan_out": any(isinstance(layer.base, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(isinstance(unwrapped(layer.base), Conv1D) for layer in layers.values()),
         "bias": "none",
         "inference_mode": True,
     }
@@ -180,7 +181,7 @@ def _read(folder):
     try:
         config = _checked(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
         with safe_open(folder / TENSORS, framework="pt") as file:
-            there = [float(number) for number in json.loads((file.metadata() or {}).get("trace", "[]"))]
+            there = _trace_in(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except Exception as error:
         raise ValueError(f"{folder} is no adapter that peft or save_adapter wrote: {error!r}") from error
@@ -192,6 +193,13 @@ def _read(folder):
     check_finite(tensors)
     frozen = {key: tensors.pop(key) for key in list(tensors) if ".base_layer." in key}  # of an embedding
     return config, tensors, frozen, there
+
+
+def _trace_in(metadata):
+    """The model's trace in a file; peft writes none, and what older versions of this library wrote is not read."""
+    there = json.loads(metadata.get("trace", "[]"))
+    numbers = isinstance(there, list) and all(isinstance(number, (int, float)) for number in there)
+    return there if numbers else []
 
 
 def _checked(config):

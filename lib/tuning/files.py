@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .wrappers import unwrapped, whole
+
 __all__ = ["replace", "same_trace", "sha256", "trace", "write_json"]
 
 
@@ -39,27 +41,35 @@ def sha256(path):
 
 
 def trace(model):
-    """What tells a model from others: the shape of its input embeddings and the lengths of sixteen of their rows.
+    """What tells a model from others: how wide its input embeddings are, and the lengths of rows 0, 1, 2, 4, 8, ...
 
-    They are nearly the same in every dtype, and stay whole where linear layers are put in four bits. A copy that was
-    fine-tuned hardly differs. A module without input embeddings leaves the trace of its first matrix, adapters aside.
+    They are nearly the same in every dtype, stay whole where linear layers are put in four bits, and stay the first
+    ones where the vocabulary is made larger or smaller. A copy that was fine-tuned hardly differs.
 
     Returns:
-        A list of numbers: the rows, the columns, and the lengths; an empty one if there is no matrix.
+        A list of numbers: the columns, and the lengths; an empty one for a model without a table of input embeddings.
     """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    named = {"": embeddings.weight} if embeddings is not None else dict(model.named_parameters())
-    frozen = [weight.detach() for name, weight in named.items() if ".adapters." not in name]
-    weight = next((weight for weight in frozen if weight.dim() == 2 and weight.is_floating_point()), None)
+    weight = _input_table(model)
     if weight is None:
         return []
-    if hasattr(weight, "full_tensor"):  # where FSDP has cut it into pieces
-        weight = weight.full_tensor()
-    some = torch.linspace(0, len(weight) - 1, 16).long().to(weight.device)
-    lengths = weight[some].float().norm(dim=1).tolist()
-    return [*weight.shape, *(float(f"{length:.3g}") for length in lengths)]
+    rows = [0, *(2**power for power in range(len(weight).bit_length()) if 2**power < len(weight))]
+    lengths = weight[rows].float().norm(dim=1).tolist()
+    return [weight.shape[1], *(float(f"{length:.3g}") for length in lengths)]
 
 
 def same_trace(one, other):
-    """Whether two traces are of one model, in whatever dtype."""
-    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=0.02) for a, b in zip(one, other, strict=True))
+    """Whether two traces are of one model, in whatever dtype and with however many tokens; none is that of none."""
+    both = list(zip(one, other, strict=False))  # the rows that both have
+    return bool(one) == bool(other) and one[:1] == other[:1] and all(math.isclose(a, b, rel_tol=0.02) for a, b in both)
+
+
+def _input_table(model):
+    """A model's input embeddings, (tokens, hidden); None if it has none, as one that sees images or hears."""
+    try:
+        embeddings = unwrapped(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # no model of transformers, or one of several inputs
+        return None
+    weight = None if embeddings is None else getattr(unwrapped(embeddings), "weight", None)
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return None
+    return whole(weight.detach())

@@ -43,6 +43,17 @@ def bare_modules(model, inner=inner_name):
     return found
 
 
+def bare_state(module):
+    """{name: tensor} of a module's parameters and of the buffers that are saved, under the names of the bare one."""
+    state = {}
+    for path, part in bare_modules(module).items():
+        tensors = {**part._parameters, **part._buffers}
+        for name, tensor in tensors.items():
+            if tensor is not None and name not in part._non_persistent_buffers_set:
+                state[f"{path}.{name}".removeprefix(".")] = tensor
+    return state
+
+
 def put_module(model, path, new):
     """Put a module in the place that the bare model calls `path`, inside of what is wrapped around the old one."""
     *outer, name = path.split(".")
