@@ -255,3 +255,17 @@ def test_quantizing_twice_and_wrong_buffers():
         dequantize(replace(quantized, scales=quantized.scales[:-1]))
     with pytest.raises(ValueError, match="unknown kind 'nf3'"):
         dequantize(replace(quantized, kind="nf3"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        *(({"dtype": dtype}, "expected float32, bfloat16") for dtype in (torch.int32, torch.float64, torch.load, None)),
+        *(({"block_size": size}, "power of two") for size in (0, -64, 1, 48, 64.0, True, None, "64")),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 64), (7, 33)])
+def test_settings_that_quantize_would_not_give_are_refused(shape, changed, message):
+    for packed in (quantize(numbers(shape)), quantize_scales(quantize(numbers(shape)))):
+        with pytest.raises(ValueError, match=message):
+            dequantize(replace(packed, **changed))

@@ -30,6 +30,7 @@ NF4 = (
 FP4 = (-6.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1, over 6
 INT4 = tuple(range(-7, 8))  # over 7
 LEVELS = {"nf4": NF4, "fp4": tuple(x / 6 for x in FP4), "int4": tuple(x / 7 for x in INT4)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights that can be quantized
 SCALE_BLOCK = 256  # block size of the second quantization
 
 
@@ -195,10 +196,14 @@ def scale_up(numbers, scales, block_size):
 
 
 def check_quantized(quantized, path="the weight"):
-    """Raise ValueError where the kind is unknown or the lengths of a weight's tensors do not fit its shape."""
+    """Raise ValueError where `quantize` would not give such settings, or where tensors do not fit a weight's shape."""
     q, n = quantized, quantized.shape.numel()
     if q.kind not in LEVELS:
         raise ValueError(f"{path}: unknown kind {q.kind!r}; expected one of {', '.join(LEVELS)}")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"{path}: dtype is {q.dtype}; expected float32, bfloat16 or float16")
+    if not is_block_size(q.block_size):
+        raise ValueError(f"{path}: block_size is {q.block_size!r}; expected a power of two, e.g. 64")
     blocks = -(-n // q.block_size)
     expected = {"codes": (q.codes, -(-n // 2)), "scales": (q.scales, blocks)}
     if q.second is not None:
@@ -209,16 +214,21 @@ def check_quantized(quantized, path="the weight"):
             raise ValueError(f"{path}: {what} have shape {found}; a weight of {tuple(q.shape)} needs ({length},)")
 
 
-def _check(weight, kind, block_size):
+def is_block_size(n):
+    """Whether it is a power of two, and more than 1."""
+    return isinstance(n, int) and n > 1 and n & (n - 1) == 0
+
+
+def _check(weight, kind, block_size, path="the weight"):
     if isinstance(weight, Quantized):
-        raise ValueError("the weight is quantized already; dequantize it first")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"a weight of {weight.dtype} cannot be quantized; expected float32, bfloat16 or float16")
+        raise ValueError(f"{path} is quantized already; dequantize it first")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"{path} has dtype {weight.dtype}; to quantize, it must be float32, bfloat16 or float16")
     if kind not in LEVELS:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(LEVELS)}")
-    if block_size < 2 or block_size & (block_size - 1):
-        raise ValueError(f"block_size is {block_size}; choose a power of two, e.g. 64")
+    if not is_block_size(block_size):
+        raise ValueError(f"block_size is {block_size!r}; choose a power of two, e.g. 64")
     if not weight.numel():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} holds nothing to quantize")
+        raise ValueError(f"{path} has shape {tuple(weight.shape)} and holds nothing to quantize")
     if not torch.isfinite(weight).all():
-        raise ValueError("the weight has numbers that are not finite; mend them before quantizing")
+        raise ValueError(f"{path} has numbers that are not finite; mend them before quantizing")
