@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -312,8 +313,93 @@ def test_bad_input(tiny_llama):
         quantize_model(nn.Embedding(3, 2))
     adapted = nn.Sequential(nn.Linear(8, 8))
     add_lora(adapted, ["0"], rank=2)
-    with pytest.raises(ValueError, match="quantize the model first"):
+    with pytest.raises(ValueError, match="0 has an adapter; quantize the model first"):
         quantize_model(adapted)
+
+
+def state_of(model):
+    """All that a refused call must leave as it was: modules, tensors, and which of them are trained."""
+    tensors = model.state_dict(keep_vars=True)
+    return (
+        {path: id(module) for path, module in model.named_modules()},
+        {key: (id(tensor), tensor.requires_grad, tensor.sum().item()) for key, tensor in tensors.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["embed_tokens"], "wrap": True},
+    ],
+)
+def test_a_model_with_any_adapter_is_refused_and_left_as_it_was(options):
+    options = dict(options)
+    wrap = options.pop("wrap", False)
+    model = tiny_llama_of(**EVEN, tie_word_embeddings=False)
+    add_lora(model, options.pop("target_modules"), rank=4, alpha=6, **options)
+    model = nn.DataParallel(model) if wrap else model
+    before = state_of(model)
+    with pytest.raises(ValueError, match="quantize the model first"):
+        quantize_model(model)
+    assert state_of(model) == before
+
+
+def spoiled(model):
+    model.model.layers[-1].mlp.down_proj.weight.data[3, 5] = torch.inf
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda model: model, {"kind": "nf5"}, "unknown kind 'nf5'"),
+        (lambda model: model, {"block_size": 48}, "power of two"),
+        (spoiled, {}, r"model\.layers\.1\.mlp\.down_proj has numbers that are not finite"),
+        (spoiled, {"double": False}, r"model\.layers\.1\.mlp\.down_proj has numbers that are not finite"),
+        (lambda model: model.double(), {}, r"model\.layers\.0\.self_attn\.q_proj has dtype torch\.float64"),
+    ],
+)
+@pytest.mark.parametrize("hidden_size", [64, 60])
+def test_a_refused_model_is_left_as_it_was(hidden_size, change, options, message):
+    model = change(tiny_llama_of(**ODD | {"hidden_size": hidden_size}))
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, **options)
+    assert state_of(model) == before
+
+
+class WithAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), "nn.MultiheadAttention"),
+        (
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2),
+            "nn.MultiheadAttention",
+        ),
+        (lambda: nn.TransformerDecoderLayer(16, 2, 24), "nn.MultiheadAttention"),
+        (lambda: nn.Sequential(nn.Linear(16, 16), torch.compile(WithAttention(), backend="eager")), "MultiheadAtt"),
+    ],
+)
+def test_layers_whose_weight_torch_uses_without_calling_them_are_refused(build, message):
+    model = build().eval()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model)
+    assert state_of(model) == before
 
 
 def test_files_that_are_not_right(tiny_llama, tmp_path):
@@ -334,6 +420,10 @@ def test_files_that_are_not_right(tiny_llama, tmp_path):
     for changed, message in (
         ({"layers": {path: kept | {"block_size": 32}}}, f"{path}: scales have shape"),
         ({"layers": {path: kept | {"kind": "nf3"}}}, "unknown kind 'nf3'"),
+        ({"layers": {path: kept | {"block_size": 0}}}, f"{path}: block_size is 0; expected a power of two"),
+        ({"layers": {path: kept | {"dtype": "int32"}}}, f"{path}: dtype is torch.int32; expected float32"),
+        ({"layers": {path: kept | {"dtype": "load"}}}, f"{path}: dtype is .*; expected float32"),
+        ({"layers": {path: kept | {"shape": [32, 128]}}}, rf"{path}: .*\(32, 128\).*not in this model"),
         ({"format": 3}, "newer version"),
     ):
         settings.write_text(json.dumps(written | changed))
@@ -598,6 +688,35 @@ def test_a_wrapped_model_is_quantized_as_the_bare_one(tiny_llama, tmp_path, wrap
     dequantize_model(wrapped)
     assert not in_four_bits(wrapped)
     torch.testing.assert_close(wrapped(IDS, use_cache=False).logits, expected)
+
+
+def data_parallel_inside(model):
+    model.model.layers[0].mlp = nn.DataParallel(model.model.layers[0].mlp)
+    model.model.norm = nn.DataParallel(model.model.norm)
+    return model
+
+
+def checkpointed_inside(model):
+    model.model.layers[1] = torch.compile(nn.DataParallel(model.model.layers[1]), backend="eager")
+    model.model.layers[0].mlp = checkpoint_wrapper(model.model.layers[0].mlp)
+    model.model.layers[0].self_attn.q_proj = checkpoint_wrapper(model.model.layers[0].self_attn.q_proj)
+    model.lm_head = nn.DataParallel(model.lm_head)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [data_parallel_inside, checkpointed_inside, lambda m: nn.DataParallel(m)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+def test_the_file_has_the_names_of_the_bare_model(tiny_llama, tmp_path, wrap, tied, double):
+    model, tokenizer = tiny_llama_of(**ODD, tie_word_embeddings=tied), load_lm_4bit(tiny_llama[1], "cpu")[1]
+    bare = quantize_model(copy.deepcopy(model), double=double)
+    save_4bit(tmp_path / "bare", bare, tokenizer)
+    save_4bit(tmp_path / "wrapped", quantize_model(wrap(model), double=double), tokenizer)
+    expected, found = (load_file(tmp_path / name / TENSORS) for name in ("bare", "wrapped"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    again, _ = load_lm_4bit(tmp_path / "wrapped", "cpu", torch.float32)
+    assert torch.equal(again(IDS).logits, bare(IDS).logits)
 
 
 def test_a_layer_that_is_compiled_alone_is_replaced_inside():

@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from .files import sha256, write_json
 from .lora import AdaptedLayer, linear_layers
 from .models import HUB_IDS, _from_pretrained, default_device, default_dtype, model_source
 from .nf4 import Quantized, check_quantized
-from .qlora import Linear4bit, four_bit
-from .targets import warn_of_experts
-from .wrappers import INNER, bare_modules, put_module, unwrapped
+from .qlora import Linear4bit, four_bit, layers_to_quantize
+from .targets import sizes, warn_of_experts
+from .wrappers import bare_modules, bare_state, put_module, unwrapped
 
 __all__ = ["quantize_while_reading"]
 
@@ -75,11 +76,9 @@ def quantize_while_reading(model, files, device, kind="nf4", block_size=64, doub
         files: safetensors files.
 
     Raises:
-        ValueError: no linear layer, or a tensor that does not fit the model.
+        ValueError: no linear layer, or one that cannot be replaced, or a tensor that does not fit the model.
     """
-    layers = linear_layers(model)
-    if not layers:
-        raise ValueError("this model has no linear layer to quantize")
+    layers = layers_to_quantize(model)
     for path, name, tensor in read_tensors(model, files, device):
         layer = model.get_submodule(path)
         set_tensor(layer, name, tensor)
@@ -137,12 +136,10 @@ def _layer_settings(settings):
 
 def _tensors(model):
     """{name in the bare model: tensor}; of tied weights the first."""
-    tied = {id(weight) for weight in model.parameters()}
-    tensors = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in tied or not isinstance(tensor, nn.Parameter):
-            tied.discard(id(tensor))
-            name = ".".join(part for part in key.split(".") if part not in INNER)
+    tensors, seen = {}, set()
+    for name, tensor in bare_state(model).items():
+        if tensor not in seen:
+            seen.add(tensor)
             tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
 
@@ -160,6 +157,7 @@ def _read_4bit(folder, model, device):
             shape, dtype = torch.Size(layer["shape"]), getattr(torch, layer["dtype"])
             quantized = Quantized(codes, scales, second, shape, dtype, layer["kind"], layer["block_size"])
             check_quantized(quantized, path)
+            _check_place(model, path, shape)
             put_module(model, path, Linear4bit(quantized, tensors.pop(f"{path}.bias", None)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
@@ -170,6 +168,13 @@ def _read_4bit(folder, model, device):
         place = _place(model, shapes, key, tensor.shape, folder)
         if place:
             set_tensor(model.get_submodule(place[0]), place[1], tensor)
+
+
+def _check_place(model, path, shape):
+    """Refuse the settings of a layer that is no linear one in this model, or one of another shape."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, (nn.Linear, Conv1D)) or sizes(layer)[::-1] != tuple(shape):
+        raise ValueError(f"{path}: a linear layer of shape {tuple(shape)} in the settings, but not in this model")
 
 
 def read_tensors(model, files, device):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .lora import AdaptedLayer, linear_layers
-from .nf4 import dequantize, quantize, quantize_scales
+from .nf4 import _check, dequantize, quantize, quantize_scales
 from .targets import warn_of_experts
 from .training import checkpoint_activations, restore_states
 from .wrappers import bare_modules, put_module
@@ -101,21 +101,36 @@ def quantize_model(model, kind="nf4", block_size=64, double=True):
     stack of experts.
 
     Raises:
-        ValueError: no linear layer, or one that is quantized already, has an adapter or cannot be quantized.
+        ValueError: the model has adapters or no linear layer, or one that is quantized already or cannot be quantized.
+            The model is then as it was.
     """
+    layers = layers_to_quantize(model)
+    for path, layer in layers.items():  # all of them before the first is replaced
+        _check(layer.weight, kind, block_size, path)
+    warn_of_experts(model, layers, "quantizes")
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        put_module(model, path, four_bit(layer, kind, block_size, double))
+    return model
+
+
+def layers_to_quantize(model):
+    """{name in the bare model: linear layer}; refuses a model in which not all of them can be replaced."""
+    modules = bare_modules(model)
+    for path, module in modules.items():  # anywhere: adapters of other modules would be frozen, or not be found again
+        if isinstance(module, AdaptedLayer):
+            raise ValueError(f"{path} has an adapter; quantize the model first, then call add_lora")
     layers = linear_layers(model)
     if not layers:
         raise ValueError("this model has no linear layer to quantize")
     for path, layer in layers.items():
         if isinstance(layer, Linear4bit):
             raise ValueError(f"{path} is in four bits already")
-        if isinstance(layer, AdaptedLayer):
-            raise ValueError(f"{path} has an adapter; quantize the model first, then call add_lora")
-    warn_of_experts(model, layers, "quantizes")
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        put_module(model, path, four_bit(layer, kind, block_size, double))
-    return model
+        parent = modules[path.rpartition(".")[0]]
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            kind = type(parent).__name__
+            raise ValueError(f"{path} belongs to nn.{kind}, which may use the weight without calling the layer")
+    return layers
 
 
 def four_bit(layer, kind="nf4", block_size=64, double=True):
