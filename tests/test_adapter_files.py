@@ -530,6 +530,42 @@ def test_a_sharded_model_is_saved_whole(tmp_path, one_process, how):
     torch.testing.assert_close(logits(again), logits(filled()), rtol=0, atol=0)
 
 
+def save_in_pieces(rank, folder, orig):
+    """What each of two processes does: the adapter is in pieces outside of `summon_full_params`, and whole in it."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = filled().requires_grad_(True)
+    options = {"use_orig_params": orig, "device_id": torch.device("cpu")}
+    for place, layer in enumerate(model.model.layers):
+        model.model.layers[place] = FullyShardedDataParallel(layer, **options)
+    model = FullyShardedDataParallel(model, **options)
+    with pytest.raises(ValueError, match="is in pieces here; save it inside FSDP's summon_full_params"):
+        save_adapter(folder / "pieces", model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        save_adapter(folder / "whole", model)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("orig", [True, False])
+def test_an_adapter_in_pieces_is_refused(tmp_path, orig):
+    torch.multiprocessing.spawn(save_in_pieces, (tmp_path, orig), nprocs=2)
+    assert not (tmp_path / "pieces").exists()
+    save_adapter(tmp_path / "bare", filled())
+    expected, found = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("bare", "whole"))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+@pytest.mark.parametrize("cut", ["low", "copy"])
+def test_a_flat_piece_is_refused(tmp_path, cut):
+    model = filled()
+    weight = model.model.norm.adapters["default"].weight
+    if cut == "low":
+        weight = model.model.layers[1].self_attn.q_proj.adapters["default"].A
+    weight.data = weight.data.flatten()[1:]
+    with pytest.raises(ValueError, match="is in pieces here"):
+        save_adapter(tmp_path / "new", model)
+    assert not (tmp_path / "new").exists()
+
+
 def test_of_several_processes_the_first_writes(tmp_path, one_process, monkeypatch):
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     save_adapter(tmp_path / "second", filled())

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .files import replace, same_trace, trace
@@ -70,7 +71,7 @@ def save_adapter(folder, model, name="default"):
     FSDP of the first kind has whole weights only in its `summon_full_params`.
 
     Raises:
-        ValueError: no such adapter, the model is merged, or a weight is not finite.
+        ValueError: no such adapter, the model is merged, or a weight is in pieces or not finite.
     """
     if not isinstance(name, str):
         raise ValueError(f"{name!r} names no adapter; give the name of the one to save")
@@ -79,6 +80,7 @@ def save_adapter(folder, model, name="default"):
     layers = {path: layer for path, layer in layers.items() if name in layer.adapters}
     tensors = {}
     for path, layer in layers.items():
+        _check_in_one_piece(path, layer, name)
         for key, tensor in peft_tensors(path, layer.adapters[name]).items():
             tensors[key] = whole(tensor).cpu().contiguous()
     check_finite(tensors)
@@ -122,6 +124,20 @@ def load_adapter(folder, model, name="default"):
 
 
 # --- writing
+
+
+def _check_in_one_piece(path, layer, name):
+    """Refuse what FSDP's first kind leaves of a weight: a flat piece, or a view of what is gone, no parameter."""
+    adapter = unwrapped(layer.adapters[name])
+    if isinstance(adapter, LoRA):
+        parameters = all(isinstance(weight, nn.Parameter) for weight in (adapter.A, adapter.B))
+        there = (*adapter.A.shape[:-1], *adapter.B.shape[1:])
+        here = parameters and there == (adapter.rank, adapter.rank)
+    else:
+        shapes = [{key: each.shape for key, each in bare_state(part).items()} for part in (adapter, layer.base)]
+        here = shapes[0] and shapes[0] == shapes[1]
+    if not here:
+        raise ValueError(f"adapter {name!r} of {path} is in pieces here; save it inside FSDP's summon_full_params")
 
 
 def _settings(model, layers, name):

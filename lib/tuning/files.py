@@ -6,8 +6,6 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
 from .wrappers import unwrapped, whole
 
 __all__ = ["replace", "same_trace", "sha256", "trace", "write_json"]
