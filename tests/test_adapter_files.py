@@ -1,11 +1,14 @@
 """Adapter files: both ways with peft, under any wrapper, whole or not there; bad files are refused."""
 
+import copy
 import dataclasses
 import json
 from contextlib import nullcontext
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -217,6 +220,28 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_merged(tmp_path):
         save_adapter(tmp_path / "new", model, None)
 
 
+@pytest.mark.parametrize(("alpha", "written"), [(np.float32(16.5), 16.5), (np.int64(7), 7), (Fraction(5, 2), 2.5)])
+def test_an_alpha_that_is_any_real_number_is_written(tmp_path, alpha, written):
+    model = tiny_llama()
+    add_lora(model, ["q_proj"], rank=2, alpha=3, name="other")
+    add_lora(model, ["q_proj"], rank=2, alpha=alpha)
+    save_adapter(tmp_path, model)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == written
+    load_adapter(tmp_path, tiny_llama())
+
+
+def test_a_trained_copy_is_not_loaded_into_pieces(tmp_path, one_process):
+    save_adapter(tmp_path / "bare", filled())
+    model = fully_shard(tiny_llama(), mesh=init_device_mesh("cpu", (1,)))
+    for load in (
+        lambda: load_adapter(tmp_path / "bare", model),
+        lambda: add_lora(model, ["q_proj"], modules_to_save=["norm"]),
+    ):
+        with pytest.raises(ValueError, match=r"model\.norm is in pieces; .* before fully_shard"):
+            load()
+    assert not any("adapters" in name for name, _ in model.named_parameters())
+
+
 # --- what peft's settings say
 
 
@@ -396,6 +421,51 @@ def test_trained_embeddings_go_both_ways(tmp_path):
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=r"a weight of .*embed_tokens is tied"):
         load_adapter(tmp_path / "theirs", tiny_llama())
+
+
+def test_a_head_whose_name_another_ends_on_goes_to_peft(tmp_path):
+    """DistilBERT's `classifier` and `pre_classifier`: peft takes both, for it looks at the ends of names alone."""
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2, num_labels=3)
+    build = partial(copy.deepcopy, transformers.DistilBertForSequenceClassification(config).eval())
+    ours = build()
+    for seed, name in enumerate(add_lora(ours, ["q_lin"], rank=3, alpha=7, modules_to_save=["classifier"])):
+        fill(ours.get_submodule(name).adapters["default"], seed)
+    nn.init.normal_(ours.classifier.adapters["default"].weight.data)
+    save_adapter(tmp_path, ours)
+    theirs = PeftModel.from_pretrained(build(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    again = build()
+    load_adapter(tmp_path, again)
+    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=0)
+
+
+class Twice(nn.Module):
+    """A layer whose whole name another's ends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"proj": nn.Linear(6, 6)})
+
+    def forward(self, ids):
+        return self.block["proj"](torch.tanh(self.proj(torch.cos(ids.float()))))
+
+
+@pytest.mark.parametrize("targets", ["proj", r"block\.proj", r".*proj"])
+def test_a_layer_whose_name_another_ends_on_is_found_again(tmp_path, targets):
+    torch.manual_seed(0)
+    build = partial(copy.deepcopy, Twice())
+    model = build()
+    names = add_lora(model, targets, rank=2, alpha=3)
+    for seed, name in enumerate(names):
+        fill(model.get_submodule(name).adapters["default"], seed)
+    save_adapter(tmp_path, model)
+    again, theirs = build(), PeftModel.from_pretrained(build(), tmp_path)
+    load_adapter(tmp_path, again)
+    assert list(adapted_layers(again)) == names
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
 
 
 # --- wrappers

@@ -293,6 +293,7 @@ def test_a_trained_copy_is_merged_and_unloaded():
     unload(model)
     assert type(model.narrow) is nn.Linear and model.state_dict().keys() == small().state_dict().keys()
     torch.testing.assert_close(model(IDS), theirs.merge_and_unload()(IDS), rtol=1e-5, atol=1e-5)
+    assert not any(weight.requires_grad for weight in model.parameters())
     model, _ = with_copies(["narrow"])
     torch.testing.assert_close(unload(model)(IDS), small()(IDS), rtol=0, atol=0)  # not merged: as it was
 
@@ -303,6 +304,33 @@ def test_a_module_in_a_module_that_is_trained_whole_is_trained_once():
     assert [path for path, layer in model.named_modules() if type(layer) is TrainedCopy] == ["0"]
     with pytest.raises(ValueError, match="'' of modules_to_save matches no module"):
         add_lora(model, ["1"], rank=2, name="whole", modules_to_save=[""])
+
+
+class Odd(nn.Module):
+    """Two modules that a copy cannot stand for: one called by keyword alone, one that answers with two tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.keyword, self.pair = nn.Linear(4, 4), nn.Linear(4, 4), nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.pair(self.keyword(input=self.first(x)))
+
+
+@pytest.mark.parametrize("part", ["keyword", "pair"])
+@pytest.mark.parametrize("active", ["default", ["default", None]])
+def test_a_copy_answers_with_one_tensor_to_one(part, active):
+    model = Odd()
+    add_lora(model, ["first"], rank=2, modules_to_save=[part])
+    use_adapter(model, active)
+    with pytest.raises(ValueError, match="modules_to_save can hold modules that map one tensor, given by position, to"):
+        model(torch.ones(2, 4))
+
+
+def test_no_modules_to_save_may_be_none():
+    model = small()
+    assert add_lora(model, ["wide"], rank=2, modules_to_save=None) == ["wide"]
+    assert not any(isinstance(layer, TrainedCopy) for layer in model.modules())
 
 
 def test_what_cannot_be_trained_whole_is_refused():

@@ -279,3 +279,11 @@ def test_no_adapter_is_put_into_what_another_trains_whole(targets, modules_to_sa
     with pytest.raises(ValueError, match="0 would be trained whole by one adapter and by low rank or in part by"):
         add_lora(model, targets, rank=2, name="two", modules_to_save=modules_to_save)
     assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
+
+
+def test_a_convolution_that_is_parametrized_is_no_stack_of_experts():
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    convolutions = {"conv_dim": (16,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embedding_groups": 2}
+    assert stacked_weights(tiny("Wav2Vec2Model", settings | convolutions)) == {}
+    linear = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3))
+    assert stacked_weights(nn.Sequential(linear)) == {}

@@ -15,6 +15,7 @@ from .files import replace, same_trace, trace
 from .lora import (
     EmbeddingLoRA,
     LoRA,
+    TrainedCopy,
     adapted_layers,
     check_finite,
     check_names,
@@ -24,7 +25,7 @@ from .lora import (
     new_adapter,
     trained_copy,
 )
-from .targets import compiled, find_targets, find_whole, matching, outside
+from .targets import compiled, count_uses, find_targets, find_whole, matching, outside
 from .wrappers import bare_state, unwrapped, whole
 
 __all__ = ["pattern_value", "peft_tensors"]
@@ -83,6 +84,9 @@ def save_adapter(folder, model, name="default"):
         _check_in_one_piece(path, layer, name)
         for key, tensor in peft_tensors(path, layer.adapters[name]).items():
             tensors[key] = whole(tensor).cpu().contiguous()
+    for path, module in _namesakes(model, layers).items():
+        for key, tensor in peft_tensors(path, module).items():
+            tensors[key] = whole(tensor).cpu().contiguous()
     check_finite(tensors)
     metadata = {"format": "pt", "trace": json.dumps(trace(model))}
     if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
@@ -140,6 +144,32 @@ def _check_in_one_piece(path, layer, name):
         raise ValueError(f"adapter {name!r} of {path} is in pieces here; save it inside FSDP's summon_full_params")
 
 
+def _namesakes(model, layers):
+    """Frozen modules whose names end like a trained copy's (`pre_classifier`): peft expects these whole in a file too.
+
+    Those that our own `load_adapter` would refuse are left out: adapted ones, tied ones, and those in four bits.
+    """
+    modules, adapted = frozen_modules(model), adapted_layers(model)
+    uses = count_uses(modules)
+    copies = tuple(path for path, layer in layers.items() if isinstance(layer, TrainedCopy))
+    found = {}
+    for path in [path for path in outside(modules, copies) if path.endswith(copies)]:
+        weights = list(modules[path].parameters())
+        plain = weights and all(weight.is_floating_point() and uses[id(weight)] == 1 for weight in weights)
+        if plain and not any(f"{each}.".startswith(f"{path}.") for each in adapted):
+            found[path] = modules[path]
+    return found
+
+
+def _target_names(model, low):
+    """The adapted layers' whole names; as one pattern if another layer's name ends on one, for peft takes ends too."""
+    for other in frozen_modules(model).keys() - low.keys():
+        parts = other.split(".")
+        if any(".".join(parts[start:]) in low for start in range(1, len(parts))):
+            return "|".join(map(re.escape, low))
+    return list(low)
+
+
 def _settings(model, layers, name):
     """What peft's `adapter_config.json` says of an adapter; ranks and alphas that differ, by the whole name."""
     adapters = {path: unwrapped(layer.adapters[name]) for path, layer in layers.items()}
@@ -157,7 +187,7 @@ def _settings(model, layers, name):
         "alpha_pattern": alphas,
         "lora_dropout": first.dropout.p,
         "use_rslora": first.rslora,
-        "target_modules": list(low),
+        "target_modules": _target_names(model, low),
         "modules_to_save": [path for path in adapters if path not in low] or None,
         "fan_in_fan_out": any(isinstance(unwrapped(layer.base), Conv1D) for layer in layers.values()),
         "bias": "none",
@@ -174,7 +204,7 @@ def _write(folder, tensors, metadata, config):
         (folder / CONFIG).unlink(missing_ok=True)
 
     def write_config(temporary):
-        temporary.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(config, indent=1, default=float), encoding="utf-8")
         replace(folder / TENSORS, write_tensors)
 
     replace(folder / CONFIG, write_config)

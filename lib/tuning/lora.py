@@ -21,6 +21,12 @@ from .wrappers import bare_modules, inner_name, put_module, unwrapped
 __all__ = ["AdaptedLayer", "EmbeddingLoRA", "LoRA", "add_lora", "merge", "unmerge", "use_adapter"]
 
 
+ONE_TO_ONE = (
+    "modules_to_save can hold modules that map one tensor, given by position, to one; name a part of this one, or what "
+    "it is part of"
+)
+
+
 class LoRA(nn.Module):
     """One adapter: the map x -> scale · B A x, which starts as zero (section 4.1).
 
@@ -110,7 +116,12 @@ class TrainedCopy(AdaptedLayer):
     It is for what is new in a model, such as a classifier's head. Copies are float32 over 16 bits, as adapters are.
     """
 
-    def forward(self, x, **options):
+    def forward(self, *inputs, **options):
+        if self.active is None:
+            return self.base(*inputs, **options)
+        if len(inputs) != 1:
+            raise ValueError(ONE_TO_ONE)
+        x = inputs[0]
         if not isinstance(self.active, list):
             return self.answer(self.active, x, **options)
         _check_rows(self.active, x)
@@ -118,11 +129,13 @@ class TrainedCopy(AdaptedLayer):
 
     def answer(self, name, x, **options):
         """What the copy of an adapter answers; None is the frozen module."""
-        if name is None:
-            return self.base(x, **options)
-        trained = self.adapters[name]
-        x = x.to(_dtype(trained)) if x.is_floating_point() else x  # an embedding's are token ids
-        return trained(x, **options).to(_dtype(self.base))
+        module = self.base if name is None else self.adapters[name]
+        if name is not None and x.is_floating_point():  # an embedding's are token ids
+            x = x.to(_dtype(module))
+        y = module(x, **options)
+        if not isinstance(y, torch.Tensor):
+            raise ValueError(ONE_TO_ONE)
+        return y if name is None else y.to(_dtype(self.base))
 
 
 def add_lora(
@@ -230,7 +243,8 @@ def unload(model):
     merged = next((layer.merged for layer in layers.values() if layer.merged), None)
     for path, layer in layers.items():
         copied = isinstance(layer, TrainedCopy) and merged in layer.adapters
-        put_module(model, path, layer.adapters[merged].to(_dtype(layer.base)) if copied else layer.base)
+        kept = layer.adapters[merged].to(_dtype(layer.base)) if copied else layer.base
+        put_module(model, path, kept.requires_grad_(False))
     return model
 
 

@@ -10,11 +10,13 @@ from collections import Counter
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from .wrappers import bare_modules, unwrapped
 
 KINDS = (nn.Linear, nn.Embedding, Conv1D)
+NO_STACKS = (nn.modules.conv._ConvNd, ParametrizationList)  # such as a convolution's weight, or what it is made of
 HEADS = ("score", "classifier", "classification_head", "qa_outputs", "head")  # transformers' names, and this book's
 UNTIE = (
     "first set config.tie_word_embeddings = False and give one of them a copy, nn.Parameter(weight.detach().clone())"
@@ -80,7 +82,7 @@ def find_whole(modules, names):
     if isinstance(names, str):
         raise ValueError(f"modules_to_save is a text, {names!r}; put names in a list")
     found = set()
-    for name in names:
+    for name in names or ():
         paths = matching(outside(modules, ()), name)
         if not paths:
             raise ValueError(f"{name!r} of modules_to_save matches no module; print(model) shows their names")
@@ -95,6 +97,8 @@ def find_whole(modules, names):
             raise ValueError(
                 f"{path} of modules_to_save has no weights to train, or some are in few bits; leave it out"
             )
+        if any(hasattr(weight, "full_tensor") for weight in weights):
+            raise ValueError(f"{path} is in pieces; add or load an adapter that trains it whole before fully_shard")
         if any(uses[id(weight)] > 1 for weight in weights):
             raise ValueError(f"a weight of {path} is tied, and a trained copy would untie it: {UNTIE}")
     return found
@@ -163,5 +167,5 @@ def stacked_weights(model):
         f"{path}.{name}": weight.numel()
         for path, module in bare_modules(model).items()
         for name, weight in module.named_parameters(recurse=False)
-        if weight.dim() == 3 and len(weight) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+        if weight.dim() == 3 and len(weight) > 1 and not isinstance(module, NO_STACKS)
     }
