@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -197,6 +198,15 @@ def test_more_or_fewer_tokens_make_no_other_model(saved, tokens):
     theirs.model.embed_tokens.weight.data.copy_(model.model.embed_tokens.weight)  # the new rows are random
     theirs = PeftModel.from_pretrained(theirs, saved).eval()
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_no_adapter_is_loaded_into_what_another_trains_whole(saved):
+    model = tiny_llama()
+    add_lora(model, ["down_proj"], rank=2, name="whole", modules_to_save=["layers.1.self_attn"])
+    before = {name: weight.requires_grad for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match="self_attn would be trained whole by one adapter and by low rank or in part"):
+        load_adapter(saved, model)
+    assert {name: weight.requires_grad for name, weight in model.named_parameters()} == before
 
 
 def test_no_file_at_all(tmp_path, saved):
@@ -600,14 +610,17 @@ def test_a_sharded_model_is_saved_whole(tmp_path, one_process, how):
     torch.testing.assert_close(logits(again), logits(filled()), rtol=0, atol=0)
 
 
-def save_in_pieces(rank, folder, orig):
+def save_in_pieces(rank, folder, orig, by_size):
     """What each of two processes does: the adapter is in pieces outside of `summon_full_params`, and whole in it."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = filled().requires_grad_(True)
     options = {"use_orig_params": orig, "device_id": torch.device("cpu")}
-    for place, layer in enumerate(model.model.layers):
-        model.model.layers[place] = FullyShardedDataParallel(layer, **options)
+    if by_size:  # adapters are wrapped too
+        options["auto_wrap_policy"] = partial(size_based_auto_wrap_policy, min_num_params=40)
     model = FullyShardedDataParallel(model, **options)
+    if by_size:
+        wrapped = [layer.adapters["default"] for layer in adapted_layers(model).values()]
+        assert any(isinstance(adapter, FullyShardedDataParallel) for adapter in wrapped)
     with pytest.raises(ValueError, match="is in pieces here; save it inside FSDP's summon_full_params"):
         save_adapter(folder / "pieces", model)
     with FullyShardedDataParallel.summon_full_params(model):
@@ -615,9 +628,9 @@ def save_in_pieces(rank, folder, orig):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("orig", [True, False])
-def test_an_adapter_in_pieces_is_refused(tmp_path, orig):
-    torch.multiprocessing.spawn(save_in_pieces, (tmp_path, orig), nprocs=2)
+@pytest.mark.parametrize(("orig", "by_size"), [(True, False), (False, True), (True, True)])
+def test_an_adapter_in_pieces_is_refused(tmp_path, orig, by_size):
+    torch.multiprocessing.spawn(save_in_pieces, (tmp_path, orig, by_size), nprocs=2)
     assert not (tmp_path / "pieces").exists()
     save_adapter(tmp_path / "bare", filled())
     expected, found = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("bare", "whole"))
