@@ -11,6 +11,7 @@ from tuning.evaluate import (
     bootstrap_interval,
     facts_with_ids,
     p_at_1,
+    perplexity,
     predictions,
     ratio_interval,
     share_right,
@@ -93,3 +94,11 @@ def test_losses_are_those_of_evaluation_mode(tiny_gpt2):
     assert model.training
     with pytest.raises(ValueError, match="no texts"):
         text_losses(model, tokenizer, [])
+
+
+def test_an_empty_text_has_no_token_to_predict(smollm2):
+    model, tokenizer = smollm2
+    found = text_losses(model, tokenizer, ["", "The train was late.", ""], batch_size=2)
+    assert found[0].tolist() == found[2].tolist() == [0, 0] and found[1, 1] == 4
+    with pytest.raises(ValueError, match="no text has a second token"):
+        perplexity(model, tokenizer, ["", "The"])

@@ -1,6 +1,8 @@
+import ast
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from functools import partial
@@ -59,7 +61,7 @@ def test_a_killed_run_repeats_nothing_finished(tmp_path):
     assert set(saved["provenance"]) == {
         "command", "commit", "date", "device", "machine", "seconds", "settings", "versions",
     }  # fmt: skip
-    assert not list((tmp_path / ".partial").iterdir())
+    assert not (tmp_path / ".partial").exists()
 
 
 def test_pieces_of_other_settings_are_not_taken_up(tmp_path):
@@ -142,6 +144,42 @@ def test_a_run_without_save_takes_saved_pieces_up_and_leaves_them(tmp_path):
     assert second.piece("a", lambda: 2) == 1
     second.piece("b", lambda: 3)
     assert list(json.loads((tmp_path / "trial.part.json").read_text())) == ["a"]
+
+
+def test_a_valid_piece_is_taken_wherever_it_is(tmp_path):
+    """A stale piece of an earlier try on this machine does not hide a good one that came with the repository."""
+    recorder(tmp_path, steps=1).piece("a", lambda: "stale")
+    recorder(tmp_path, save=True, steps=2).piece("a", lambda: "good")
+    assert recorder(tmp_path, save=True, steps=2).piece("a", lambda: "again") == "good"
+    assert recorder(tmp_path, steps=2).piece("a", lambda: "again") == "good"
+
+
+def test_a_piece_is_at_once_what_will_be_read(tmp_path):
+    assert recorder(tmp_path).piece("a", lambda: {1: (2, 3)}) == {"1": [2, 3]}
+
+
+def test_the_hash_of_code_is_the_same_in_every_python():
+    """What `ast.dump` writes differs: later versions have fields more, and leave empty ones out."""
+    tree = ast.parse("def f(a, *, b=None):\n    return [a, 'b', 1.5]\n")
+    expected = ["Module", ["body", [["FunctionDef", ["name", "'f'"], ["args", ["arguments",
+        ["args", [["arg", ["arg", "'a'"]]]], ["kwonlyargs", [["arg", ["arg", "'b'"]]]],
+        ["kw_defaults", [["Constant"]]]]],
+        ["body", [["Return", ["value", ["List", ["elts", [["Name", ["id", "'a'"], ["ctx", ["Load"]]],
+        ["Constant", ["value", "'b'"]], ["Constant", ["value", "1.5"]]]], ["ctx", ["Load"]]]]]]]]]]]  # fmt: skip
+    assert record._plain(tree) == expected
+
+
+def test_a_file_of_pieces_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "trial.part.json").write_text("<<<<<<< HEAD")
+    with pytest.raises(ValueError, match=r"trial\.part\.json is not JSON"):
+        recorder(tmp_path)
+
+
+def test_results_are_those_of_the_package_however_the_path_is_written(monkeypatch):
+    monkeypatch.setattr(record, "code_commit", lambda: "abc-dirty")
+    for folder in (record.RESULTS / ".." / "results", Path(os.path.relpath(record.RESULTS))):
+        with pytest.raises(RuntimeError, match="committed code only"):
+            recorder(folder)
 
 
 def test_every_experiment_can_save(tmp_path):

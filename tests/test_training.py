@@ -826,3 +826,71 @@ def test_checkpointing_on_and_off(tiny_llama):
     assert kept() == all_kept
     model.requires_grad_(False)
     assert not model.get_input_embeddings()(ids).requires_grad
+
+
+def test_a_run_of_all_its_steps_was_not_stopped():
+    torch.manual_seed(0)
+    net = nn.Linear(3, 1)
+    rows = torch.randn(16, 3).tolist()
+    loss_on = lambda batch: net(torch.tensor(batch)).square().mean()  # noqa: E731
+    history = train(net, loss_on, rows, 1e-3, 50, score=lambda: 1.0, patience=2, every=25)
+    assert len(history.losses) == 50 and history.stopped is None
+
+
+def test_the_same_call_after_an_interrupt_goes_on(tmp_path):
+    """As when a reader stops a cell and runs it again: the module is the one that was being trained."""
+    rows = torch.randn(32, 3, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def start():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+    def run(net, stop=None, checkpoint=None):
+        calls = []
+
+        def loss_on(batch):
+            calls.append(1)
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            return net(torch.tensor(batch)).square().mean()
+
+        def score():
+            return -net(torch.tensor(rows)).square().mean().item()
+
+        history = train(net, loss_on, rows, 1e-2, 30, score, batch_size=8, every=10, checkpoint=checkpoint)
+        return history.losses, len(calls)
+
+    whole, interrupted = start(), start()
+    expected, _ = run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, stop=18, checkpoint=tmp_path / "c.pt")
+    losses, calls = run(interrupted, checkpoint=tmp_path / "c.pt")
+    assert losses == expected and calls == 20  # from step 10 on
+    for one, other in zip(interrupted.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_averages_do_not_keep_what_a_step_that_is_left_out_saw():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    rows = [[float("nan")] * 3 if row == 5 else [1.0 * row, 2.0, 3.0] for row in range(16)]
+    loss_on = lambda batch: net(torch.tensor(batch)).square().mean()  # noqa: E731
+    with pytest.warns(UserWarning, match="The weights before that step are kept"):
+        train(net, loss_on, rows, 1e-3, 20, batch_size=4)
+    assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"every": 0}])
+def test_steps_that_make_no_sense_are_refused(wrong):
+    net = nn.Linear(3, 1)
+    options = {"lr": 1e-3, "steps": 3, "every": 1} | wrong
+    with pytest.raises(ValueError, match=r"steps is .* and every"):
+        train(net, lambda batch: net(torch.tensor(batch)).mean(), [[1.0, 2, 3]] * 16, score=lambda: 0.0, **options)
+
+
+def test_a_text_alone_is_one_text_and_none_are_an_error(bert):
+    classifier = Classifier(bert[0].bert, bert[1], 2, mean_of_tokens).eval()
+    with torch.no_grad():
+        assert torch.equal(classifier("A good film."), classifier(["A good film."]))
+    with pytest.raises(ValueError, match="no texts to classify"):
+        classifier([])

@@ -134,6 +134,8 @@ def perplexity(model, tokenizer, texts, batch_size=16):
     if tokenizer.mask_token:
         return None
     total, count = text_losses(model, tokenizer, texts, batch_size).sum(dim=0).tolist()
+    if not count:
+        raise ValueError("no text has a second token to predict; give longer ones")
     return math.exp(total / count)
 
 
@@ -151,7 +153,7 @@ def text_losses(model, tokenizer, texts, batch_size=16):
     found = []
     with evaluating(model):
         for start in range(0, len(texts), batch_size):
-            chosen = texts[start : start + batch_size]
+            chosen = [text or tokenizer.pad_token for text in texts[start : start + batch_size]]  # one token, no loss
             batch = tokenizer(chosen, padding=True, padding_side="right", return_tensors="pt").to(model.device)
             logits = model(**batch).logits[:, :-1].float()  # (batch, seq - 1, vocab)
             labels = batch.input_ids[:, 1:].masked_fill(batch.attention_mask[:, 1:] == 0, -100)

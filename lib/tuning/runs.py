@@ -21,6 +21,7 @@ from .files import replace
 
 __all__ = ["TRIES", "Run", "Settings", "Training", "trainable"]
 
+START = "weights at the start"
 TRIES = 40  # of one step in float16, each with half the loss scale of the one before
 
 
@@ -60,8 +61,11 @@ class Run:
     """
 
     def __init__(self, trained, optimizer, schedule, rows, settings, checkpoint):
+        if settings.steps < 0 or settings.every < 1:
+            raise ValueError(f"steps is {settings.steps} and every {settings.every}; take 0 or more, and 1 or more")
         self.trained, self.optimizer, self.schedule, self.settings = trained, optimizer, schedule, settings
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.buffers = [tensor for tensor in _changing(trained).values() if not tensor.requires_grad]
         self.checkpoint = Path(checkpoint) if checkpoint else None
         self.step, self.history, self.best, self.randomness = 0, Training(), None, None
         self.float16, self.scale, self.good, self.failed = None, 1.0, 0, 0
@@ -85,7 +89,12 @@ class Run:
             for weight in self.weights:
                 hooks.callback(weight.register_hook(self._unscale).remove)
             _set_randomness(self.weights, self.randomness or _seeded(self.weights, self.settings.seed))
-            yield
+            try:
+                yield
+            except BaseException:  # the same call again, with the same module, then goes on from there
+                if self.checkpoint and self.checkpoint.is_file():
+                    self._restore(_load(self.checkpoint)["present"])
+                raise
 
     def is_due(self):
         """Whether it is time for a score, and this step has none yet."""
@@ -103,14 +112,17 @@ class Run:
 
     def is_over(self, patience):
         """Whether all steps are taken, the run has diverged, or it has waited long enough for a better score."""
+        if self.step == self.settings.steps or self.history.stopped:
+            return True
         waited = (self.step - self.history.best_step) // self.settings.every
-        if patience is not None and waited >= patience and not self.history.stopped:
+        if patience is not None and waited >= patience:
             self.history.stopped = f"no better score in {waited} scores"
-        return self.step == self.settings.steps or self.history.stopped is not None
+        return self.history.stopped is not None
 
     def loss(self, loss_on, rows):
         """The mean loss of a step's batches. All but the last have left their gradient in the weights, and no graph."""
         total, size = torch.zeros(()), self.settings.batch_size
+        self.before = [buffer.clone() for buffer in self.buffers]
         for start in range(0, len(rows), size):
             if total.requires_grad:
                 (total * self.scale).backward(inputs=self.weights)
@@ -131,7 +143,10 @@ class Run:
             self.history.losses.append(loss)
             self.bar.update()
             self.bar.set_postfix(loss=f"{loss:.3f}", best=self.history.best_score)
-        elif self.float16 and math.isfinite(loss) and self.failed + 1 < TRIES:
+            return
+        for buffer, before in zip(self.buffers, self.before, strict=True):  # the averages of batch norm saw the batch
+            buffer.copy_(before)
+        if self.float16 and math.isfinite(loss) and self.failed + 1 < TRIES:
             self.scale, self.good, self.failed = self.scale / 2, 0, self.failed + 1
         else:
             fault = f"gradient's norm was {norm}" if math.isfinite(loss) else f"loss was {loss}"
@@ -167,6 +182,7 @@ class Run:
         self.history.seconds = time.perf_counter() - self.begun
         state = {
             "identity": self.identity,
+            "weights now": _weights(self.trained),
             "step": self.step,
             "history": asdict(self.history),
             "best": self.best,
@@ -179,13 +195,16 @@ class Run:
         replace(self.checkpoint, lambda temporary: torch.save(state, temporary))
 
     def _resume(self):
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        state = _load(self.checkpoint)
         saved = state.get("identity", {})
         differ = [name for name, value in self.identity.items() if saved.get(name) != value]
-        if differ:
+        interrupted = differ == [START] and self.identity[START] == state.get("weights now")
+        if differ and not interrupted:
             raise ValueError(
-                f"{self.checkpoint} is of a run with other {', '.join(differ)}; delete it or name another file"
+                f"{self.checkpoint} is of a run with other {', '.join(differ)}; delete it or name another "
+                "file, or begin as that run began"
             )
+        self.identity = saved
         self._restore(state["present"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -271,12 +290,22 @@ def _set_randomness(weights, states):
 
 def _identity(trained, rows, settings):
     """What tells a run from others, as a dict of texts that are the same in every process."""
-    weights = [
-        (name, weight.requires_grad, weight if weight.requires_grad else _some(weight))
-        for name, weight in trained.named_parameters()
-    ]
     told = {name: repr(value) for name, value in settings._asdict().items()}
-    return told | {"rows": _digest(list(rows)), "weights at the start": _digest(weights)}
+    return told | {"rows": _digest(list(rows)), START: _weights(trained)}
+
+
+def _weights(trained):
+    """A checksum of the trained weights, and of a few numbers of each frozen one."""
+    return _digest(
+        [
+            (name, weight.requires_grad, weight if weight.requires_grad else _some(weight))
+            for name, weight in trained.named_parameters()
+        ]
+    )
+
+
+def _load(checkpoint):
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)
 
 
 def _some(weight):

@@ -211,5 +211,8 @@ def _context_length(body, tokenizer):
 
 def _without_empty(texts, tokenizer, cut):
     """The texts, with the padding token for each that has no token at all: a mean over nothing is no number."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise ValueError("there are no texts to classify; is the list empty?")
     found = tokenizer(texts, **cut).input_ids
     return [text if ids else tokenizer.pad_token for text, ids in zip(texts, found, strict=True)]

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -48,7 +49,7 @@ class Recorder:
 
     def __init__(self, name, folder, device, total, module=None, save=False, **settings):
         self.commit = code_commit()
-        if Path(folder) == RESULTS and (self.commit is None or self.commit.endswith("-dirty")):
+        if Path(folder).resolve() == RESULTS.resolve() and (self.commit is None or self.commit.endswith("-dirty")):
             raise RuntimeError(
                 "results are recorded from committed code only: commit the changes under lib/, or write elsewhere "
                 "with --out FOLDER"
@@ -58,7 +59,7 @@ class Recorder:
         self.settings = json.loads(json.dumps(settings))
         self.saved, self.local = self.folder / f"{name}.part.json", self.folder / ".partial" / f"{name}.json"
         self.path = self.saved if save else self.local
-        self.finished = read_json(self.saved) | read_json(self.local)  # of earlier runs, valid or not
+        self.finished = {path: read_json(path) for path in (self.saved, self.local)}  # of earlier runs, valid or not
         self.pieces, self.origins = {}, {}
 
     def piece(self, key, compute, *arguments, modules=None):
@@ -70,13 +71,16 @@ class Recorder:
         """
         code = code_hash(*(modules or [f"experiments.{self.module}"]))
         stamp = {"code": code, "device": self.device, "settings": self.settings}
-        if self.finished.get(key, {}).get("stamp") != stamp:
+        earlier = [pieces[key] for pieces in self.finished.values() if key in pieces]
+        found = next((piece for piece in earlier if piece["stamp"] == stamp), None)
+        if found is None:
             start = time.perf_counter()
-            value = compute(*arguments)
+            value = json.loads(json.dumps(compute(*arguments)))  # as it will be read
             origin = self.origin() | {"seconds": round(time.perf_counter() - start, 1)}
-            self.finished[key] = {"stamp": stamp, "origin": origin, "value": value}
-            write_json(self.path, self.finished)
-        found = self.finished[key]
+            found = {"stamp": stamp, "origin": origin, "value": value}
+        if self.finished[self.path].get(key) != found:
+            self.finished[self.path][key] = found
+            write_json(self.path, self.finished[self.path])
         self.pieces[key], self.origins[key] = found["value"], found["origin"]
         done, seconds = len(self.pieces), found["origin"]["seconds"]
         print(f"[{done}/{self.total}] {key}: {seconds:.0f} s; {self.total - done} left", flush=True)
@@ -114,6 +118,8 @@ class Recorder:
         write_json(path, {"provenance": self.origin() | provenance, "origins": origins, "results": self.pieces})
         for pieces in (self.saved, self.local):
             pieces.unlink(missing_ok=True)
+        with suppress(OSError):  # other runs may have pieces there
+            self.local.parent.rmdir()
         print(f"wrote {path.name}: {seconds:.0f} s of computing", flush=True)
         return path
 
@@ -147,7 +153,8 @@ def provenance_line(recorded):
     days = sorted({p["date"], *(origin["place"]["date"] for origin in recorded.get("origins", ()))})
     date = p["date"] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     versions = ", ".join(f"{library} {number}" for library, number in p["versions"].items())
-    return f"recorded {date} by `{p['command']}` at {p['commit'][:7]}: {p['seconds']} s on {p['machine']}; {versions}"
+    commit = (p["commit"] or "no git")[:7]
+    return f"recorded {date} by `{p['command']}` at {commit}: {p['seconds']} s on {p['machine']}; {versions}"
 
 
 def gain(runs, one, other, seeds=(0, 1, 2)):
@@ -188,7 +195,10 @@ def method_rows(runs, methods, base, seeds=(0, 1, 2)):
 
 def read_json(path):
     """What a JSON file holds; an empty dict where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); mend or delete it") from error
 
 
 @cache
@@ -202,11 +212,21 @@ def code_hash(*modules):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        digest.update(f"{module} {ast.dump(tree)}".encode())
+        digest.update(f"{module} {_plain(tree)}".encode())
         if module == "data":
             for path in sorted((PACKAGE / "corpora").glob("**/*.jsonl")):
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _plain(node):
+    """A syntax tree as nested lists. `ast.dump` would not do: it differs between versions of Python."""
+    if isinstance(node, list):
+        return [_plain(part) for part in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [[name, _plain(value)] for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return [type(node).__name__, *fields]
 
 
 def imported(modules):
