@@ -4,6 +4,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from tuning import prompts
 from tuning.data import load_facts, load_reviews
 from tuning.evaluate import bootstrap_interval, hits_at_1, paired_interval
@@ -169,7 +171,8 @@ def test_equal_prompts_and_prefixes_that_are_prompts(smollm2):
     torch.testing.assert_close(answer_logits(model, tokenizer, rows), expected, atol=1e-4, rtol=0)
 
 
-def test_the_shared_prefix_is_used(smollm2):
+@pytest.mark.parametrize("in_peft", [False, True])
+def test_the_shared_prefix_is_used(in_peft, smollm2):
     model, tokenizer = smollm2
     shown = few_shot("[X] is in [Y].", [("Osaka", "Japan")] * 4)
     rows = [encode(tokenizer, shown, subject) for subject in ("Paris", "London")]
@@ -177,9 +180,10 @@ def test_the_shared_prefix_is_used(smollm2):
     hook = model.model.register_forward_pre_hook(
         lambda _, __, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    answer_logits(model, tokenizer, rows)
+    asked = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"])) if in_peft else model
+    answer_logits(asked, tokenizer, rows)
     hook.remove()
-    assert sum(read) < sum(map(len, rows)) / 1.8
+    assert 0 < sum(read) < sum(map(len, rows)) / 1.8
 
 
 class Wrapped(torch.nn.Module):
@@ -202,6 +206,52 @@ def test_wrapped_models_answer_the_same(takes_anything, smollm2):
     expected = torch.stack([one_at_a_time(model, tokenizer, ids) for ids in rows])
     found = answer_logits(Wrapped(model, takes_anything), tokenizer, rows)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def tiny(name, **settings):
+    """A model with random weights of an architecture whose attention is not that of the book's models."""
+    config = AutoConfig.for_model(name, vocab_size=99, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)  # far from uniform attention
+    return model
+
+
+OTHERS = {
+    "positions by index": lambda: tiny("mpt", d_model=16, n_heads=2, n_layers=2, max_seq_len=64),
+    "local attention": lambda: tiny(
+        "gpt_neo",
+        hidden_size=16,
+        num_heads=2,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+        max_position_embeddings=64,
+    ),
+    "states of a convolution": lambda: tiny(
+        "lfm2",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["conv", "full_attention"],
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("own", [[[7], [8, 9, 10, 11], [12, 13], [14] * 9], [[7, 8], [9, 10], [11, 12]]])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_shared_prefix_changes_no_models_logits(kind, own, smollm2):
+    """With padding between the prefix and the shorter prompts, and without."""
+    model, tokenizer = OTHERS[kind](), smollm2[1]
+    rows = [[5, 6, 20, 21, *ids] for ids in own]
+    expected = torch.stack([one_at_a_time(model, tokenizer, ids) for ids in rows])
+    torch.testing.assert_close(answer_logits(model, tokenizer, rows), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_sixteen_bit_models_answer_in_float32(tiny_gpt2):
@@ -229,6 +279,8 @@ def test_vectors_that_are_missing_or_do_not_fit(lm):
     for vectors in (None, torch.zeros(2, size)):
         with pytest.raises(ValueError, match=r"places for 3 vectors; pass `vectors` \(3, hidden\)"):
             answer_logits(model, tokenizer, prompts, vectors=vectors)
+    with pytest.raises(ValueError, match=r"there are no vectors; give at least one, or None"):
+        answer_logits(model, tokenizer, [[5, 6]], vectors=torch.zeros(0, size))
     with pytest.raises(ValueError, match=rf"shape \(3, 7\) do not fit this model.*give \(length, {size}\)"):
         answer_logits(model, tokenizer, prompts, vectors=torch.zeros(3, 7))
 
@@ -400,6 +452,15 @@ def test_trigger_gradient_in_float64(folder, request):
     """The weights in float64; only the loss is taken in float32."""
     model, tokenizer = load_lm(request.getfixturevalue(folder), device="cpu", dtype=torch.float64)
     assert gradient_error(model, tokenizer) < 1e-5
+
+
+@torch.no_grad()
+def test_trigger_gradient_where_gradients_are_off(gpt2):
+    facts, triggers = facts_and_triggers(gpt2[1])
+    found = trigger_gradient(*gpt2, TEMPLATE, triggers, facts)
+    assert not torch.is_grad_enabled()
+    with torch.enable_grad():
+        assert torch.equal(found, trigger_gradient(*gpt2, TEMPLATE, triggers, facts))
 
 
 def test_trigger_gradient_leaves_the_model_alone(gpt2):

@@ -154,9 +154,10 @@ def trigger_gradient(model, tokenizer, template, triggers, facts):
     prompts = [encode(tokenizer, template, subject, slots) for subject, _ in facts]
     check_prompts(model, tokenizer, prompts, vectors)
     answers = torch.tensor([answer for _, answer in facts], device=model.device)
-    with evaluating(model):
+    with evaluating(model), torch.enable_grad():
         logits = forward_at_answer(model, tokenizer, prompts, vectors=vectors).float()
-    return torch.autograd.grad(F.cross_entropy(logits, answers), vectors)[0]
+        loss = F.cross_entropy(logits, answers)
+    return torch.autograd.grad(loss, vectors)[0]
 
 
 def hotflip(gradient, embeddings, allowed, k):
@@ -327,12 +328,31 @@ def _read_shared_prefix(model, tokenizer, prompts, vectors=None):
     shared = min(shared, min(map(len, prompts)) - 1)  # each prompt keeps at least one token of its own
     if tokenizer.mask_token is not None or len(prompts) == 1 or shared < 1 or not _takes(model, "past_key_values"):
         return None
-    # Padding stands between prefix and prompt, and in some models (Gemma's) would push the prefix out of their window.
-    if max(map(len, prompts)) > (getattr(model.config.get_text_config(), "sliding_window", None) or 10**9):
+    if not _may_stand_apart(model, prompts):
         return None
     ids = torch.tensor([first[:shared]], device=model.device)
     cache = getattr(model(**inputs_with_vectors(model, ids, vectors), use_cache=True), "past_key_values", None)
-    return (cache, shared) if hasattr(cache, "batch_repeat_interleave") else None
+    return (cache, shared) if _repeats(cache) else None
+
+
+def _may_stand_apart(model, prompts):
+    """Whether the model reads the same where padding stands between a shared prefix and a prompt shorter than others.
+
+    It does if it counts by the positions that it is told, and not by places in the row as MPT's ALiBi does: so its own
+    forward must name them, and padding must not push the prefix out of a window (Gemma's, GPT-Neo's).
+    """
+    config, longest = model.config.get_text_config(), max(map(len, prompts))
+    windows = [getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")]
+    if any(isinstance(window, int) and longest > window > 0 for window in windows):
+        return False
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward takes anything
+    told = "position_ids" in inspect.signature(base.forward).parameters
+    return told or len(set(map(len, prompts))) == 1
+
+
+def _repeats(cache):
+    """Whether a cache can be repeated for each row of a batch; the states of convolutions (LFM2's) cannot."""
+    return all(hasattr(part, "batch_repeat_interleave") for part in (cache, *getattr(cache, "layers", ())))
 
 
 def tokens_of(tokenizer, text):
@@ -395,6 +415,8 @@ def check_prompts(model, tokenizer, prompts, vectors=None):
 def check_vectors(model, vectors):
     """Refuse vectors that the model's `inputs_embeds` has no room for."""
     size = embedding_size(model)
+    if len(vectors) == 0:
+        raise ValueError("there are no vectors; give at least one, or None to do without")
     if vectors.dim() != 2 or vectors.shape[1] != size:
         raise ValueError(
             f"vectors of the shape {tuple(vectors.shape)} do not fit this model, whose tokens enter it as {size} "
