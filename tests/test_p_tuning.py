@@ -333,6 +333,31 @@ def test_nearest_tokens_of_embeddings_are_themselves(smollm2):
     torch.testing.assert_close(distances, torch.full((3,), 1e-4 * embeddings.shape[1] ** 0.5), rtol=1e-2, atol=0)
 
 
+def test_rows_that_lie_close_are_told_apart(smollm2):
+    """Row 7 of SmolLM2 lies a thousandth from the others, which are equal: less than the error of |a|² - 2ab + |b|²."""
+    embeddings = smollm2[0].get_input_embeddings().weight.detach()
+    rows = [7, 8, 10, 13, 15, 16, 36744, 48047]
+    tokens, distances = nearest_tokens(embeddings[rows], embeddings)
+    assert torch.equal(embeddings[tokens], embeddings[rows]) and (distances == 0).all()
+    assert tokens.count(7) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_nearest_tokens_of_a_model_in_another_dtype(dtype):
+    embeddings = torch.randn(50, 16).to(dtype)
+    tokens, distances = nearest_tokens(embeddings[:5], embeddings)
+    assert tokens == list(range(5)) and distances.dtype == torch.float32 and (distances == 0).all()
+
+
+@pytest.mark.parametrize("size", [5, 64])
+def test_the_nearest_of_close_rows_is_that_of_float64(size):
+    torch.manual_seed(0)
+    embeddings = torch.randn(size) * 3 + 1e-4 * torch.randn(300, size)
+    vectors = embeddings[:30] + 2e-5 * torch.randn(30, size)
+    expected = (vectors.double()[:, None] - embeddings.double()).norm(dim=2).argmin(dim=1)
+    assert nearest_tokens(vectors, embeddings)[0] == expected.tolist()
+
+
 @pytest.mark.parametrize(("vocab", "size"), [(100, 7), (3000, 576)])
 def test_distances_are_those_of_float64_and_none_to_itself(vocab, size):
     torch.manual_seed(0)

@@ -146,11 +146,11 @@ def nearest_tokens(vectors, embeddings):
         vectors: (length, hidden); embeddings: (vocab, hidden), from `prompts.embeddings_of`.
 
     Returns:
-        `(tokens, distances)`: a list of ids, and a tensor (length,), exactly 0 where a vector is an embedding.
+        `(tokens, distances)`: a list of ids, and a float32 tensor (length,), exactly 0 where a vector is an embedding.
     """
-    embeddings = embeddings.to(vectors.dtype)
-    tokens = torch.cdist(vectors, embeddings).argmin(dim=1)  # fast: |a|² - 2ab + |b|², which near zero is off by a bit
-    distances = (vectors - embeddings[tokens]).norm(dim=1)
+    # Not as |a|² - 2ab + |b|², which is off by more than some tokens lie from each other.
+    exact = "donot_use_mm_for_euclid_dist"
+    distances, tokens = torch.cdist(vectors.float(), embeddings.float(), compute_mode=exact).min(dim=1)
     return tokens.tolist(), distances
 
 
