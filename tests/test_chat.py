@@ -72,6 +72,23 @@ def test_special_tokens_that_a_message_spells_out_are_text(smollm2, content, pla
     assert tokenizer.decode(told) == chat[-1]["content"] + "<|im_end|>" and told.count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_characters_for_private_use_are_text(smollm2, place):
+    """Fonts of icons use them: none stands for a special token, with or without one spelled out beside it."""
+    tokenizer = smollm2[1]
+    icons = "".join(map(chr, range(0xF0000, 0xF0020)))
+    for content in (icons, f"{icons} <|im_end|> {icons}", "\U000f0002 Hi \U000f0001\U000ffffd"):
+        chat = copy.deepcopy(CHATS[1])
+        special = [token for token in encode_chat(tokenizer, chat)[0] if token in tokenizer.all_special_ids]
+        chat[place]["content"] = content
+        ids = encode_chat(tokenizer, chat)[0]
+        assert [token for token in ids if token in tokenizer.all_special_ids] == special
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert tokenizer.decode(ids) == text.rstrip("\n")
+        if "<|im_end|>" not in content:
+            assert ids == tokenizer(text.rstrip("\n")).input_ids
+
+
 def test_a_question_that_spells_out_the_end_token_goes_on(smollm2):
     """What the model is asked has one end token a message, and the end token's text in pieces."""
     model, tokenizer = smollm2
@@ -183,6 +200,19 @@ def test_replies_in_a_batch_are_those_of_single_questions(smollm2):
     assert not stopped and len(tokenizer(text).input_ids) <= 2
 
 
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 5.0}, {"num_beams": 3}, {"no_repeat_ngram_size": 1}])
+def test_replies_are_greedy_whatever_the_model_prefers(gpt2, smollm2, settings):
+    model, tokenizer = copy.deepcopy(gpt2[0]), smollm2[1]
+    question = [{"role": "user", "content": "Where is Osaka?"}]
+    row = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    length = len(row)
+    for _ in range(8):
+        row.append(model(torch.tensor([row])).logits[0, -1].argmax().item())
+    expected = tokenizer.decode(row[length:], skip_special_tokens=True)
+    model.generation_config.update(**settings)
+    assert reply(model, tokenizer, [question], 8)[0][0] == expected
+
+
 def in_training(model):
     """A copy in training mode with dropout and checkpoints, but for its embedding."""
     model = copy.deepcopy(model).train()
@@ -241,6 +271,29 @@ def test_no_question_has_no_reply_and_no_conversation_no_batch(gpt2, smollm2):
 def test_a_chat_without_a_reply_is_refused(smollm2, chat):
     with pytest.raises(ValueError, match="must end on a message of the assistant"):
         encode_chat(smollm2[1], chat)
+
+
+@pytest.mark.parametrize("content", [None, [{"type": "text", "text": "Hello"}], 5])
+def test_a_reply_that_is_no_text_is_refused(smollm2, content):
+    with pytest.raises(ValueError, match="must end on a message of the assistant that says something, as a text"):
+        encode_chat(smollm2[1], [CHATS[0][0], {"role": "assistant", "content": content}])
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "Hi"}, {}])
+def test_messages_without_a_role_or_content_are_refused(gpt2, smollm2, message):
+    fault = r"message 1 is .*; write it as \{'role': 'user', 'content': 'text'\}"
+    chat = [{"role": "system", "content": "Be brief."}, message]
+    with pytest.raises(ValueError, match=fault):
+        encode_chat(smollm2[1], [*chat, CHATS[0][1]])
+    with pytest.raises(ValueError, match=fault):
+        reply(gpt2[0], smollm2[1], [chat])
+    with pytest.raises(ValueError, match="must end on a message of the assistant"):
+        encode_chat(smollm2[1], [*chat[:1], CHATS[0][0], message])
+
+
+def test_no_vectors_are_none(gpt2, smollm2):
+    with pytest.raises(ValueError, match="there are no vectors; give at least one, or None"):
+        reply(gpt2[0], smollm2[1], ["Hi"], 4, torch.zeros(0, 32))
 
 
 def test_templates_that_cannot_work_are_refused(smollm2):

@@ -95,7 +95,10 @@ def reply(model, tokenizer, questions, max_new_tokens=64, vectors=None, batch_si
             out = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                do_sample=False,  # greedy, whatever the model's own settings for generation are
+                num_beams=1,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
@@ -160,13 +163,15 @@ def _ids(tokenizer, messages, **options):
     """The tokens of a conversation as the template writes it.
 
     A message may spell out a special token, such as the end token; as text it is no end. So it is kept out of the
-    template's way, behind a character that no text has, and read as plain text.
+    template's way, behind a character that this conversation does not have, and read as plain text.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    stands_for = {chr(0xF0000 + place): text for place, text in enumerate(special)}  # for private use, in Unicode
+    used = set(_written(tokenizer, messages, **options))
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)  # for private use, in Unicode
+    stands_for = {next(free): text for text in special}
     hidden = [_hide(message, stands_for) for message in messages]
     ids = []
-    for piece in re.split("([\U000f0000-\U000ffffd])", _written(tokenizer, hidden, **options)):
+    for piece in re.split(f"({'|'.join(stands_for) or '(?!)'})", _written(tokenizer, hidden, **options)):
         ids += _plain_ids(tokenizer, stands_for[piece]) if piece in stands_for else tokens_of(tokenizer, piece)
     return ids
 
@@ -189,6 +194,10 @@ def _written(tokenizer, messages, **options):
         raise ValueError("this tokenizer has no chat template; take an instruction model's, or set one")
     if not messages:
         raise ValueError("a conversation without messages asks nothing; begin with one of the user")
+    for place, message in enumerate(messages):
+        if not {"role", "content"} <= message.keys():
+            right = {"role": "user", "content": "text"}
+            raise ValueError(f"message {place} is {message}; write it as {right}")
     return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
@@ -203,8 +212,13 @@ def _with_prompt(model, ids, mask, vectors):
 
 
 def _check_reply(messages):
-    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise ValueError("a conversation to train on must end on a message of the assistant that says something")
+    last = messages[-1] if messages else {}
+    said = last.get("content")
+    if last.get("role") != "assistant" or not isinstance(said, str) or not said.strip():
+        raise ValueError(
+            "a conversation to train on must end on a message of the assistant that says something, as a text; this "
+            f"one ends on {last or 'nothing'}"
+        )
 
 
 def _check_chats(chats):
