@@ -132,7 +132,7 @@ def quantize(weight, kind="nf4", block_size=64):
     Raises:
         ValueError: an empty or non-finite weight, another dtype, kind or block size.
     """
-    _check(weight, kind, block_size)
+    check_weight(weight, kind, block_size)
     levels = torch.tensor(LEVELS[kind], dtype=torch.float32, device=weight.device)
     codes, scales = nearest(weight.detach().flatten().float(), levels, block_size)
     return Quantized(pack(codes), scales, None, weight.shape, weight.dtype, kind, block_size)
@@ -219,7 +219,7 @@ def is_block_size(n):
     return isinstance(n, int) and n > 1 and n & (n - 1) == 0
 
 
-def _check(weight, kind, block_size, path="the weight"):
+def check_weight(weight, kind, block_size, path="the weight"):
     if isinstance(weight, Quantized):
         raise ValueError(f"{path} is quantized already; dequantize it first")
     if weight.dtype not in DTYPES:

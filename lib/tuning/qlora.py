@@ -12,8 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .lora import AdaptedLayer, linear_layers
-from .nf4 import _check, dequantize, quantize, quantize_scales
-from .targets import warn_of_experts
+from .nf4 import check_weight, dequantize, quantize, quantize_scales
+from .targets import check_called, warn_of_experts
 from .training import checkpoint_activations, restore_states
 from .wrappers import bare_modules, put_module
 
@@ -106,7 +106,7 @@ def quantize_model(model, kind="nf4", block_size=64, double=True):
     """
     layers = layers_to_quantize(model)
     for path, layer in layers.items():  # all of them before the first is replaced
-        _check(layer.weight, kind, block_size, path)
+        check_weight(layer.weight, kind, block_size, path)
     warn_of_experts(model, layers, "quantizes")
     model.requires_grad_(False)
     for path, layer in layers.items():
@@ -126,10 +126,7 @@ def layers_to_quantize(model):
     for path, layer in layers.items():
         if isinstance(layer, Linear4bit):
             raise ValueError(f"{path} is in four bits already")
-        parent = modules[path.rpartition(".")[0]]
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            kind = type(parent).__name__
-            raise ValueError(f"{path} belongs to nn.{kind}, which may use the weight without calling the layer")
+        check_called(modules, path)
     return layers
 
 

@@ -131,14 +131,20 @@ def check_targets(modules, layers):
         kind = type(layer).__name__
         if not isinstance(layer, KINDS) or (isinstance(layer, nn.Embedding) and type(layer) is not nn.Embedding):
             raise ValueError(f"{path} is a {kind}; adapters stand beside nn.Linear, nn.Embedding, Conv1D")
-        parent = modules[path.rpartition(".")[0]]
-        if isinstance(layer, NonDynamicallyQuantizableLinear) or isinstance(parent, nn.TransformerEncoderLayer):
-            kind = type(parent).__name__
-            raise ValueError(f"{path} belongs to nn.{kind}, which may use the weight without calling the layer")
+        check_called(modules, path)
         if uses[id(layer.weight)] > 1:
             raise ValueError(
                 f"the weight of {path} is tied: another layer uses it too, and merging would change both; {UNTIE}"
             )
+
+
+def check_called(modules, path):
+    """Refuse a layer whose weight torch may use without calling the layer: what stands in its place is then unseen."""
+    parent = modules[path.rpartition(".")[0]]
+    inside = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+    if inside or isinstance(modules[path], NonDynamicallyQuantizableLinear):
+        kind = type(parent).__name__
+        raise ValueError(f"{path} belongs to nn.{kind}, which may use the weight without calling the layer")
 
 
 # --- a mixture of experts
