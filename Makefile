@@ -35,7 +35,7 @@ floors: ## unit tests at pyproject.toml's lower bounds: make floors TESTS=tests/
 	@$(PYTHON) lib/tools/floors.py $(TESTS)
 
 publish: setup ## name the repository that notebooks install from: make publish REPO=owner/name TAG=v1.0.0
-	@$(BIN)/python lib/tools/notebooks.py publish "$(REPO)" "$(TAG)"
+	@$(BIN)/python lib/tools/publish.py "$(REPO)" "$(TAG)"
 
 assignments: setup ## student notebooks and lecturer's kits: make assignments SEED=4711 OUT=course
 	@$(BIN)/python lib/tools/course.py --seed "$(SEED)" --out "$(OUT)"

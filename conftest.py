@@ -1,4 +1,4 @@
-"""For tests and notebooks alike: no hub, solutions at their small size, and nbval compares all but stderr."""
+"""For tests and notebooks alike: no hub, solutions at their small size, and nbval compares all but stderr and drawings."""
 
 import os
 
@@ -8,4 +8,4 @@ os.environ["TUNING_QUICK"] = "1"  # solutions run at a small size: their code is
 
 def pytest_collectstart(collector):
     if hasattr(collector, "skip_compare"):  # a notebook; warnings and progress go to stderr
-        collector.skip_compare += ("stderr",)
+        collector.skip_compare += ("stderr", "image/svg+xml")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from browser import address, browser, html  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "lib" / "tools"))
 
 import course  # noqa: E402
 import grade  # noqa: E402
-import notebooks  # noqa: E402
+import publish  # noqa: E402
 import sandbox  # noqa: E402
 from kit import Kit, load_module  # noqa: E402
 
@@ -57,7 +57,7 @@ def test_the_reference_is_the_solution(folder):
     master = nbformat.read(folder / "assignment.ipynb", as_version=4)
     shown = {}
     for source in cells(master):
-        if not source.startswith(("# Setup", "def test_")):
+        if not source.startswith(("# @title Set-up", "def test_")):
             shown |= definitions(source)
     for name, tree in definitions((folder / "reference.py").read_text()).items():
         assert shown.get(name) == tree, f"{name} of reference.py is not that of the notebook"
@@ -83,7 +83,7 @@ def test_what_a_student_gets(folder, made):
     everything = "\n".join(cells(book) + cells(book, "markdown"))
     assert not re.search(r"SOLUTION|BEGIN|END (?!QUESTION)", re.sub("<!-- .* -->", "", everything))
     assert not cells(book, "raw") and "*What to look for.*" not in everything
-    assert cells(book)[0] == notebooks.setup_cell(*notebooks.published())
+    assert cells(book)[0] == publish.setup_cell(publish.published())
     assert "grader = otter.Notebook()" in cells(book)[1]
     given = definitions("\n".join(source for source in cells(book)[2:] if "%" not in source))
     solved = definitions((folder / "reference.py").read_text())

@@ -1,94 +1,11 @@
 """The book builds without a warning, and its pages work in a real browser."""
 
-import functools
-import http.server
-import os
-import shutil
-import subprocess
-import sys
-import threading
-from pathlib import Path
-
 import pytest
+from browser import Visit
 from notebook_rules import ROOT
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = ["index", "setup", "notation", "1-prompts/2-prompts-are-code", "scorecard", "glossary", "references"]
 CHAPTER = "1-prompts/2-prompts-are-code"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="session")
-def html(tmp_path_factory):
-    """The folder of a fresh, strict build: every warning is an error."""
-    out = tmp_path_factory.mktemp("book")
-    jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [jupyter_book, "build", ".", "--all", "--warningiserror", "--keep-going", "--quiet", "--path-output", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out / "_build" / "html"
-
-
-@pytest.fixture(scope="session")
-def address(html):
-    """The book on a plain file server."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=html))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    if CHROMIUM is None:
-        if os.environ.get("NOTHING_SKIPPED"):
-            pytest.fail("NOTHING_SKIPPED is set and no Chromium is installed")
-        pytest.skip("no Chromium here; the page checks need one")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page that was opened, with what it asked for and complained of."""
-
-    def __init__(self, browser, url, width=1280, theme="light"):
-        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-        self.requests, self.faults = [], []
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("requestfailed", lambda request: self.faults.append(f"failed: {request.url}"))
-        self.page.on("console", lambda message: message.type == "error" and self.faults.append(message.text))
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.goto(url, wait_until="networkidle")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.page.close()
-
-    def typeset(self):
-        """The number of formulas that MathJax has set."""
-        self.page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise", timeout=20000)
-        self.page.evaluate("MathJax.startup.promise")
-        return self.page.locator("mjx-container").count()
-
-    def elsewhere(self, *own):
-        return [url for url in self.requests if not url.startswith((*own, "data:", "blob:"))]
 
 
 @pytest.mark.parametrize("name", PAGES)

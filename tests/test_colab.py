@@ -10,6 +10,7 @@ from notebook_rules import ROOT, code_cells, read
 sys.path.insert(0, str(ROOT / "lib" / "tools"))
 import colab
 import notebooks
+import publish
 
 CHAPTER = ROOT / "book" / "1-prompts" / "2-prompts-are-code.ipynb"
 
@@ -22,7 +23,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
-    colab.tagged_copy(folder, notebooks.published()[1])
+    colab.tagged_copy(folder, publish.published()[1])
     return folder
 
 
@@ -60,11 +61,11 @@ def test_where_everything_is_installed_the_setup_cell_does_nothing():
     shell = InteractiveShell.instance()
     called = []
     shell.register_magic_function(lambda line: called.append(line), magic_name="pip")
-    result = shell.run_cell(notebooks.setup_cell(*notebooks.published()))
+    result = shell.run_cell(publish.setup_cell(publish.published()))
     assert result.success and not called
 
 
 def test_every_notebook_installs_from_the_published_repository():
-    repository, tag = notebooks.published()
+    repository, tag = publish.published()
     for path in notebooks.notebooks():
-        assert code_cells(read(path))[0].source == notebooks.setup_cell(repository, tag), Path(path).name
+        assert code_cells(read(path))[0].source == publish.setup_cell(repository, tag), Path(path).name

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import course
 import notebooks
+import publish
 from notebooks import ROOT
 
 RUN = """
@@ -115,7 +116,7 @@ def run(notebook, python, clone, folder, share=1.0, files=()):
         "PIP_LOG": str(folder.parent / f"{folder.name}.log"),
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{clone}.insteadOf",
-        "GIT_CONFIG_VALUE_0": notebooks.published()[0],
+        "GIT_CONFIG_VALUE_0": publish.published()[0],
     }
     before = subprocess.run([python, "-c", WHICH_TORCH], capture_output=True, text=True, check=True).stdout
     subprocess.run([python, "-m", "ipykernel", "install", "--sys-prefix"], check=True, capture_output=True)
@@ -145,7 +146,7 @@ def main(arguments=None):
         folder = Path(name)
         clone = folder / "clone"
         clone.mkdir()
-        tagged_copy(clone, notebooks.published()[1])
+        tagged_copy(clone, publish.published()[1])
         chapters = [path for path in notebooks.notebooks() if "solutions" not in path.parts]
         masters = [master / "assignment.ipynb" for master in course.masters()]
         chosen = []

