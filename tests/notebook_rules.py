@@ -51,10 +51,9 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-def first_line(cell):
-    """The first line of a code cell, or the second where the first is the title of its fold."""
-    start, _, rest = cell.source.partition("\n")
-    return start if title(cell) is None else rest.partition("\n")[0]
+def untitled(cell):
+    """The source of a code cell, without the title of its fold."""
+    return cell.source if title(cell) is None else cell.source.partition("\n")[2]
 
 
 def parse(source):
@@ -78,7 +77,7 @@ def definitions(source):
 def marked(book):
     """(cell, module, definitions) of the cells that show the library's code."""
     for cell in code_cells(book):
-        match = MARKER.fullmatch(first_line(cell))
+        match = MARKER.fullmatch(untitled(cell).partition("\n")[0])
         if match:
             yield cell, match[1], definitions(cell.source)
 
@@ -276,7 +275,7 @@ def marker_faults(book, library):
                 yield f"{name}: not in tuning/{module}.py"
             elif tree != real[name]:
                 yield f"{name}: the shown code is not that of tuning/{module}.py"
-        following = cells[cells.index(cell) + 1].source if cell is not cells[-1] else ""
+        following = untitled(cells[cells.index(cell) + 1]) if cell is not cells[-1] else ""
         imported = re.match(rf"from tuning\.{module} import (.+)", following)
         names = set(re.split(r"[,\s]+", imported[1])) if imported else set()
         for name in shown.keys() - names:
