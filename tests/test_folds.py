@@ -1,5 +1,6 @@
 """Folded cells on the rendered page: a title that is seen, heard and opened, and the code below it."""
 
+import re
 import subprocess
 import sys
 
@@ -126,6 +127,30 @@ def test_a_long_title_wraps_on_a_phone(browser, small):
         boxes = [summary.bounding_box() for summary in visit.page.locator(SUMMARIES).all()]
         assert boxes[0]["height"] > 2 * boxes[1]["height"]
         assert all(box["x"] + box["width"] <= 390 for box in boxes)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_tick_of_a_check_can_be_read(browser, small, theme):
+    """By WCAG's contrast, which axe does not judge for a single character."""
+    with Visit(browser, small, theme=theme) as visit:
+        tick = visit.page.locator(f"{SUMMARIES} .tick")
+        assert tick.inner_text() == "✓"
+        colors = tick.evaluate(
+            """tick => {
+                let ground = tick;
+                while (getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
+                return [getComputedStyle(tick).color, getComputedStyle(ground).backgroundColor];
+            }"""
+        )
+        dark, light = sorted(map(luminance, colors))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def luminance(color):
+    """The relative luminance of a CSS color `rgb(r, g, b)` (WCAG 2.2)."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
