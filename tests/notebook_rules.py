@@ -10,7 +10,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "lib" / "tools"))
-from notebooks import FOLDS, fold, title  # noqa: E402
+from notebooks import FIGURE, FOLDS, fold, title  # noqa: E402
 
 LIBRARY = ROOT / "lib" / "tuning"
 # Modules whose `__all__` names the core algorithms, each of which some chapter must show.
@@ -161,10 +161,10 @@ def cell_faults(cell):
             str(output.get("text", "")) + str(data.get("text/plain", "")) + str(data.get("text/html"))
         ):
             yield "a path of a machine in its output"
-        if "image/svg+xml" in data:
-            yield "an SVG figure; figures are PNG"
+        if "image/png" in data:
+            yield "a PNG figure; figures are SVG, as tuning.plots and tuning.drawings make them"
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
-        if "image/png" in data and len(alt) < 20:
+        if FIGURE in data and len(alt) < 20:
             yield "a figure without alternative text in metadata.mystnb.image.alt"
 
 
