@@ -12,3 +12,11 @@ for (const term of document.querySelectorAll("button.term")) {
     part?.addEventListener("pointerleave", soon(false, 300));
   }
 }
+// Sphinx answers Escape by hiding a search's marks, and would keep the browser from closing a meaning.
+window.addEventListener(
+  "keydown",
+  (event) => {
+    if (event.key === "Escape" && document.querySelector(".meaning:popover-open")) event.stopPropagation();
+  },
+  true
+);

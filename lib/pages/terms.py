@@ -58,23 +58,22 @@ def parse(markdown):
     """The entries of the glossary's table, in its order; ExtensionError names a row that is not as it should be."""
     entries, known = [], set()
     for line in [line for line in markdown.splitlines() if line.startswith("|")][2:]:
-
-        def refuse(fault, line=line):
-            raise ExtensionError(f"book/glossary.md, row {line!r}: {fault}")
-
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if len(cells) != 3 or not all(cells):
-            refuse("it needs three columns with words in each: write | term | 한국어 | meaning |")
-        term, korean, meaning = cells
-        if not HANGUL.search(korean) and korean not in ENGLISH:
-            refuse(f"{korean!r} has no Hangul: write the Korean, or name it in ENGLISH of lib/pages/terms.py")
-        spellings = tuple(spelling.strip() for spelling in term.strip("*").split(","))
+        spellings = tuple(spelling.strip() for spelling in cells[0].strip("*").split(","))
+        check(len(cells) == 3 and all([*cells, *spellings]), line, "write | term | 한국어 | meaning |, no column empty")
+        korean, meaning = cells[1:]
+        advice = f"{korean!r} has no Hangul: write the Korean, or name it in ENGLISH of lib/pages/terms.py"
+        check(HANGUL.search(korean) or korean in ENGLISH, line, advice)
         for spelling in spellings:
-            if spelling.casefold() in known:
-                refuse(f"{spelling!r} has a row already: keep one of the two")
+            check(spelling.casefold() not in known, line, f"{spelling!r} has a row already: keep one of the two")
             known.add(spelling.casefold())
-        entries.append(Entry(spellings, korean, meaning, term.startswith("**")))
+        entries.append(Entry(spellings, korean, meaning, cells[0].startswith("**")))
     return entries
+
+
+def check(right, line, advice):
+    if not right:
+        raise ExtensionError(f"{PAGE}.md, row {line!r}: {advice}")
 
 
 def matcher(entries):
