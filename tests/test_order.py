@@ -295,6 +295,7 @@ def test_neighbours_on_and_beside_the_line():
         "solutions": ("c", None),
     }
     assert {page: neighbours(includes, "root", page) for page in wanted} == wanted
+    assert neighbours({}, "root", "root") == (None, None)  # a book of one page
 
 
 LONG = "Words " * 40 + "end."

@@ -18,7 +18,7 @@ def neighbours(includes, root, page):
     Returns:
         (previous, next), each the name of a page or None.
     """
-    line = [root, *includes[root]]
+    line = [root, *includes.get(root, ())]  # a book of one page has no table of contents
     chapter = page
     while chapter not in line:
         chapter = parent(includes, chapter)
