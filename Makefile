@@ -23,6 +23,7 @@ lint: setup ## ruff, notebooks too
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 lab: setup ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter trust $$(find book -name '*.ipynb' -not -path '*/.*') >/dev/null  # without it no figure is shown
 	@$(BIN)/jupyter lab --notebook-dir=book
 
 run: setup ## execute notebooks in place: make run CHAPTER=book/1-prompts/2-prompts-are-code.ipynb (all without it)

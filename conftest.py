@@ -1,4 +1,4 @@
-"""For tests and notebooks alike: no hub, solutions at their small size, and nbval compares all but stderr and drawings."""
+"""For tests and notebooks alike: no hub, small solutions, and nbval compares all but stderr and drawings."""
 
 import os
 

@@ -23,11 +23,12 @@ FLAGS = [
 ]
 
 
-def build(out):
-    """Render the book strictly into `out`, every warning an error; returns the folder of its pages."""
+def build(out, root=ROOT):
+    """Render the book under `root` strictly into `out`, every warning an error; returns the folder of its pages."""
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [jupyter_book, "build", ".", "--all", "--warningiserror", "--keep-going", "--quiet", "--path-output", out]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    strictly = ["--all", "--warningiserror", "--keep-going", "--quiet"]
+    command = [jupyter_book, "build", ".", *strictly, "--path-output", out]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out / "_build" / "html"
 

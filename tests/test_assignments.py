@@ -23,12 +23,14 @@ from kit import Kit, load_module  # noqa: E402
 
 MASTERS = course.masters()
 NAMES = [folder.name for folder in MASTERS]
+ADDRESS = ("https://github.com/ada/tuning", "v2.0.0")
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("course")
-    course.main(["--seed", "11", "--out", str(out)])
+    for folder in MASTERS:
+        course.assign(folder, 11, out / folder.name, ADDRESS)
     return out
 
 
@@ -83,7 +85,7 @@ def test_what_a_student_gets(folder, made):
     everything = "\n".join(cells(book) + cells(book, "markdown"))
     assert not re.search(r"SOLUTION|BEGIN|END (?!QUESTION)", re.sub("<!-- .* -->", "", everything))
     assert not cells(book, "raw") and "*What to look for.*" not in everything
-    assert cells(book)[0] == publish.setup_cell(publish.published())
+    assert cells(book)[0] == publish.setup_cell(ADDRESS)
     assert "grader = otter.Notebook()" in cells(book)[1]
     given = definitions("\n".join(source for source in cells(book)[2:] if "%" not in source))
     solved = definitions((folder / "reference.py").read_text())
@@ -96,6 +98,16 @@ def test_what_a_student_gets(folder, made):
         assert path.is_dir() or "hidden=True" not in path.read_text()
 
 
+def test_a_copy_without_an_address_says_what_its_assignments_lack(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(course, "masters", lambda: MASTERS[1:2])
+    monkeypatch.setattr(course, "published", lambda: None)
+    course.main(["--seed", "11", "--out", str(tmp_path)])
+    assert "make publish REPO=owner/name TAG=" in capsys.readouterr().out
+    book = nbformat.read(tmp_path / "2-dora" / "student" / "2-dora.ipynb", as_version=4)
+    assert cells(book)[0] == publish.UNPUBLISHED_CELL
+    assert not (tmp_path / "2-dora" / "lecturer" / "gradescope.zip").exists()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_lecturer_gets(name, made):
     kit = Kit(made / name / "lecturer")
@@ -103,7 +115,8 @@ def test_what_a_lecturer_gets(name, made):
     with zipfile.ZipFile(made / name / "lecturer" / "gradescope.zip") as archive:
         files = archive.namelist()
         environment = archive.read("environment.yml").decode()
-        assert "tuning-language-models @ git+" in environment and "smollm2" not in environment
+        assert "tuning-language-models @ git+https://github.com/ada/tuning@v2.0.0" in environment
+        assert "smollm2" not in environment
         assert {"files/kit.json", "files/harness.py", "files/reference.py", "files/kit.py", "environment.yml"} <= set(
             files
         )
@@ -208,7 +221,7 @@ def test_gradescope_gives_the_solution_everything_and_an_untouched_notebook_noth
 
 
 def test_another_seed_makes_other_cases(made, tmp_path):
-    course.assign(MASTERS[1], 12, tmp_path / "other")
+    course.assign(MASTERS[1], 12, tmp_path / "other", ADDRESS)
     one, other = (json.loads((p / "lecturer" / "kit.json").read_text()) for p in (made / NAMES[1], tmp_path / "other"))
     assert one["seed"] != other["seed"]
     assert (made / NAMES[1] / "student" / "tests" / "q1.py").read_text() == (

@@ -2,7 +2,6 @@
 
 import pytest
 from browser import Visit
-from notebook_rules import ROOT
 
 PAGES = ["index", "setup", "notation", "1-prompts/2-prompts-are-code", "scorecard", "glossary", "references"]
 CHAPTER = "1-prompts/2-prompts-are-code"
@@ -47,17 +46,6 @@ def test_search_finds_a_term(browser, address):
         text = " ".join(results.all_inner_texts())
         assert "Prompts are code" in text and "Glossary" in text
         assert visit.elsewhere(address) == [] and visit.faults == []
-
-
-def test_the_colab_button_points_at_the_notebook(browser, address):
-    from test_notebooks import notebooks
-
-    repository, tag = notebooks.published()
-    place = repository.removeprefix("https://github.com/") + f"/blob/{tag}/book/{CHAPTER}.ipynb"
-    with Visit(browser, f"{address}/book/{CHAPTER}.html") as visit:
-        links = visit.page.locator("a[href*='colab.research.google.com']").evaluate_all("all => all.map(a => a.href)")
-        assert links == [f"https://colab.research.google.com/github/{place}"]
-        assert (ROOT / "book" / f"{CHAPTER}.ipynb").is_file()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

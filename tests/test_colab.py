@@ -12,7 +12,7 @@ import colab
 import notebooks
 import publish
 
-CHAPTER = ROOT / "book" / "1-prompts" / "2-prompts-are-code.ipynb"
+CHAPTER = Path("book", "1-prompts", "2-prompts-are-code.ipynb")
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +23,21 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
-    colab.tagged_copy(folder, publish.published()[1])
+    colab.published_copy(folder)
     return folder
 
 
 def test_the_first_third_of_a_chapter_runs_in_a_clean_environment(base, clone, tmp_path):
     python = colab.layered(base, tmp_path / "venv")
-    found = colab.run(CHAPTER, python, clone, tmp_path / "empty", share=1 / 3)
+    found = colab.run(clone / CHAPTER, python, clone, tmp_path / "empty", share=1 / 3)
     assert found["downloaded"] > 50e6 and found["setup"] < found["whole"]
     where = [python, "-E", "-c", "import tuning; print(tuning.__file__)"]
     assert str(tmp_path / "venv") in subprocess.run(where, cwd=tmp_path, capture_output=True, text=True).stdout
 
 
 def test_an_assignment_runs_in_a_clean_environment(base, clone, tmp_path):
-    notebook, files = colab.students_notebook(colab.course.masters()[1], tmp_path / "course")
+    address = publish.published(clone / "_config.yml")
+    notebook, files = colab.students_notebook(colab.course.masters()[1], tmp_path / "course", address)
     colab.run(notebook, colab.layered(base, tmp_path / "venv"), clone, tmp_path / "empty", files=files)
 
 
@@ -54,18 +55,26 @@ def test_what_pip_downloaded():
     assert colab.downloaded(log) == pytest.approx(1.5e6 + 20e3 + 9)
 
 
-def test_where_everything_is_installed_the_setup_cell_does_nothing():
+@pytest.mark.parametrize("address", [None, ("https://github.com/ada/tuning", "v2.0.0")])
+def test_where_everything_is_installed_the_setup_cell_does_nothing(address):
     """It runs no installer: the cell is executed with a `%pip` that would be noticed."""
     from IPython.core.interactiveshell import InteractiveShell
 
     shell = InteractiveShell.instance()
     called = []
     shell.register_magic_function(lambda line: called.append(line), magic_name="pip")
-    result = shell.run_cell(publish.setup_cell(publish.published()))
+    result = shell.run_cell(publish.setup_cell(address))
     assert result.success and not called
 
 
-def test_every_notebook_installs_from_the_published_repository():
-    repository, tag = publish.published()
+def test_the_setup_cell_of_an_unpublished_copy_says_what_to_do(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"make lab.*make publish REPO=owner/name TAG="):
+        exec(publish.UNPUBLISHED_CELL, {})
+
+
+def test_every_notebook_has_the_setup_cell_of_this_copy():
     for path in notebooks.notebooks():
-        assert code_cells(read(path))[0].source == publish.setup_cell(repository, tag), Path(path).name
+        assert code_cells(read(path))[0].source == publish.setup_cell(publish.published()), Path(path).name

@@ -215,27 +215,6 @@ def test_an_algorithm_that_no_chapter_shows_is_noticed():
 # --- the tools that write notebooks
 
 
-def test_publish_rewrites_the_one_place_and_every_setup_cell(tmp_path):
-    folder = tmp_path / "book" / "1-prompts"
-    folder.mkdir(parents=True)
-    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
-    nbformat.write(good(), folder / "2.ipynb")
-    publish.publish("ada/tuning", "v2.0.0", root=tmp_path)
-    assert publish.published(tmp_path / "_config.yml") == ("https://github.com/ada/tuning", "v2.0.0")
-    expected = publish.setup_cell("https://github.com/ada/tuning", "v2.0.0")
-    assert "git+https://github.com/ada/tuning@v2.0.0" in expected
-    assert violations(read(folder / "2.ipynb"), expected, library) == []
-    untouched = (ROOT / "_config.yml").read_text().splitlines()
-    changed = (tmp_path / "_config.yml").read_text().splitlines()
-    assert sum(a != b for a, b in zip(untouched, changed, strict=True)) == 2
-
-
-@pytest.mark.parametrize(("repository", "tag"), [("", ""), ("tuning", "v1"), ("a/b/c", "v1"), ("a/b", "v 1")])
-def test_publish_refuses_what_is_no_repository(repository, tag, tmp_path):
-    with pytest.raises(SystemExit, match="REPO=owner/name TAG="):
-        publish.publish(repository, tag, root=tmp_path)
-
-
 def test_run_executes_in_place_and_twice_the_same(tmp_path):
     path = tmp_path / "one.ipynb"
     first = "import sys\nprint(1)\nprint(2, file=sys.stderr)"

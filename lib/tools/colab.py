@@ -4,9 +4,9 @@
     python lib/tools/colab.py book/1-prompts/2-prompts-are-code.ipynb assignments/2-dora/assignment.ipynb
     python lib/tools/colab.py --with transformers==5.18.0 book/2-lora/7-lora-in-practice.ipynb
 
-Each notebook runs from top to bottom in an empty folder and an environment of its own. The address that its setup cell
-installs from leads to a copy of this checkout. Printed are the seconds of the setup cell and of the whole, and what was
-downloaded; that PyTorch was replaced is an error.
+Each notebook runs from top to bottom in an empty folder and an environment of its own. The address that its set-up cell
+installs from leads to a copy of this checkout; a checkout that names none is published in the copy. Printed are the
+seconds of the set-up cell and of the whole, and what was downloaded; that PyTorch was replaced is an error.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import notebooks
 import publish
 from notebooks import ROOT
 
+STAND_IN = ("reader/tuning-language-models", "v0.0.1")  # what an unpublished checkout is called in the copy
 RUN = """
 import json, sys, time, nbformat
 from nbclient import NotebookClient
@@ -45,17 +46,21 @@ WHICH_SITE = "import site; print(site.getsitepackages()[0])"
 WHICH_TORCH = "import torch; print(torch.__version__, torch.__file__)"
 
 
-def tagged_copy(folder, tag):
-    """The checkout's files as a repository of their own, with `tag`."""
+def published_copy(folder):
+    """The checkout's files as a tagged repository of their own; returns the address and tag that its notebooks name."""
     listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     for name in filter(None, files):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
+    if publish.published(folder / "_config.yml") is None:
+        publish.publish(*STAND_IN, root=folder)
+    address = publish.published(folder / "_config.yml")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as checked out"], ["tag", tag]):
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "as checked out"], ["tag", address[1]]):
         subprocess.run([*git, *arguments], cwd=folder, check=True)
+    return address
 
 
 def pinned(*starts):
@@ -116,7 +121,7 @@ def run(notebook, python, clone, folder, share=1.0, files=()):
         "PIP_LOG": str(folder.parent / f"{folder.name}.log"),
         "GIT_CONFIG_COUNT": "1",
         "GIT_CONFIG_KEY_0": f"url.{clone}.insteadOf",
-        "GIT_CONFIG_VALUE_0": publish.published()[0],
+        "GIT_CONFIG_VALUE_0": publish.published(clone / "_config.yml")[0],
     }
     before = subprocess.run([python, "-c", WHICH_TORCH], capture_output=True, text=True, check=True).stdout
     subprocess.run([python, "-m", "ipykernel", "install", "--sys-prefix"], check=True, capture_output=True)
@@ -130,9 +135,9 @@ def run(notebook, python, clone, folder, share=1.0, files=()):
     return found | {"downloaded": downloaded(log.read_text()) if log.is_file() else 0}
 
 
-def students_notebook(master, folder):
+def students_notebook(master, folder, address):
     """An assignment as students get it: the notebook, and (path, bytes) of what lies beside it."""
-    course.assign(master, 0, folder)
+    course.assign(master, 0, folder, address)
     tests = [(f"tests/{path.name}", path.read_bytes()) for path in (folder / "student" / "tests").iterdir()]
     return folder / "student" / f"{master.name}.ipynb", tests
 
@@ -146,15 +151,15 @@ def main(arguments=None):
         folder = Path(name)
         clone = folder / "clone"
         clone.mkdir()
-        tagged_copy(clone, publish.published()[1])
+        address = published_copy(clone)
         chapters = [path for path in notebooks.notebooks() if "solutions" not in path.parts]
         masters = [master / "assignment.ipynb" for master in course.masters()]
         chosen = []
         for path in [path.resolve() for path in options.notebooks] or chapters + masters:
             if path in masters:
-                chosen.append(students_notebook(path.parent, folder / "course" / path.parent.name))
+                chosen.append(students_notebook(path.parent, folder / "course" / path.parent.name, address))
             else:
-                chosen.append((path, ()))
+                chosen.append((clone / path.relative_to(ROOT) if path.is_relative_to(ROOT) else path, ()))
         base = environment_with_torch(folder / "base", options.also)
         print(f"{'notebook':34} {'setup, s':>9} {'whole, s':>9} {'download, MB':>13}", flush=True)
         slow, failed = [], []

@@ -3,7 +3,8 @@
     python lib/tools/course.py --seed 7 --out course
 
 For each assignment `out/NAME/student/` has the notebook and its public checks, `out/NAME/lecturer/` the solution, what
-`make grade` needs, and `gradescope.zip`. The further cases are drawn from the seed; keep it to yourself.
+`make grade` needs, and, in a published copy, `gradescope.zip`. The further cases are drawn from the seed; keep it to
+yourself.
 """
 
 import argparse
@@ -65,10 +66,10 @@ def questions(master):
     return found
 
 
-def student_notebook(book):
+def student_notebook(book, address):
     """Put the setup cell and otter's own in front of what otter made of the master."""
     first = next(k for k, cell in enumerate(book.cells) if cell.cell_type == "code")
-    book.cells[first].source = setup_cell(published())
+    book.cells[first].source = setup_cell(address)
     cell = nbformat.v4.new_code_cell(OTTER_CELL.format(otter=OTTER))
     book.cells.insert(first + 1, cell)
     for place, cell in enumerate(book.cells):
@@ -78,8 +79,13 @@ def student_notebook(book):
     return book
 
 
-def assign(folder, seed, out):
-    """Write the student's and the lecturer's part of one assignment to `out`, which is replaced as a whole."""
+def assign(folder, seed, out, address):
+    """Write the student's and the lecturer's part of one assignment to `out`, which is replaced as a whole.
+
+    Args:
+        address: what to install from, as `publish.published` returns it; None: the notebooks say so, and there is no
+            `gradescope.zip`, since Gradescope's machine would find no library.
+    """
     from otter.assign import main as otter_assign
 
     name, master = folder.name, folder / "assignment.ipynb"
@@ -91,21 +97,22 @@ def assign(folder, seed, out):
         student.mkdir(parents=True)
         lecturer.mkdir()
         book = nbformat.read(Path(made, "student", "assignment.ipynb"), as_version=4)
-        nbformat.write(student_notebook(book), student / f"{name}.ipynb")
+        nbformat.write(student_notebook(book, address), student / f"{name}.ipynb")
         shutil.copytree(Path(made, "student", "tests"), student / "tests")
         solution = nbformat.read(Path(made, "autograder", "assignment.ipynb"), as_version=4)
-        nbformat.write(student_notebook(solution), lecturer / f"{name}-solution.ipynb")
+        nbformat.write(student_notebook(solution, address), lecturer / f"{name}-solution.ipynb")
         for file in FILES[1:]:
             shutil.copy(folder / file, lecturer / file)
         kit = {"assignment": name, "seed": seed, "questions": questions(master)}
         (lecturer / "kit.json").write_text(json.dumps(kit, indent=1) + "\n")
-        gradescope(lecturer, student / "tests", lecturer / "gradescope.zip")
+        if address is not None:
+            gradescope(lecturer, student / "tests", lecturer / "gradescope.zip", address)
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(new, out)
 
 
-def gradescope(lecturer, tests, out):
+def gradescope(lecturer, tests, out, address):
     """The autograder for Gradescope, by `otter generate`: public checks without points, further cases hidden."""
     from otter.generate import main as otter_generate
 
@@ -120,7 +127,7 @@ def gradescope(lecturer, tests, out):
         for file in FILES:
             shutil.copy(lecturer / file, file)
         shutil.copy(TOOLS / "kit.py", "kit.py")
-        repository, tag = published()
+        repository, tag = address
         Path("requirements.txt").write_text(REQUIREMENTS.format(repository=repository, tag=tag))
         otter_generate(tests_dir="tests", output_path=str(out), files=[*FILES, "kit.py"], no_environment=True)
 
@@ -130,9 +137,15 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, required=True, help="a number that only you know")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     options = parser.parse_args(arguments)
+    address = published()
     for folder in masters():
-        assign(folder, options.seed, options.out.resolve() / folder.name)
+        assign(folder, options.seed, options.out.resolve() / folder.name, address)
         print(f"wrote {options.out / folder.name}")
+    if address is None:
+        print(
+            "This copy names no repository: its notebooks run where the book is installed, but not in Colab, and there "
+            "is no gradescope.zip. For both, first: make publish REPO=owner/name TAG=v1.0.0"
+        )
 
 
 if __name__ == "__main__":

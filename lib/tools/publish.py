@@ -77,12 +77,13 @@ def publish(repository, tag, root=ROOT):
         text, count = re.subn(rf"(?m)^(\s+{name}: *)\S+", rf"\g<1>{value}", text, count=1)
         if not count:
             raise SystemExit(f"{config} has no line `{name}: …` to write to; take it from a fresh copy of the book")
-    config.write_text(text, encoding="utf-8")
-    for path in notebooks(root):
-        book = nbformat.read(path, as_version=4)
+    books = {path: nbformat.read(path, as_version=4) for path in notebooks(root)}
+    for book in books.values():
         first_code_cell(book).source = setup_cell((url, tag))
-        write(normalize(book), path)
-        print(f"{path.relative_to(root)}: installs from {url}@{tag}")
+        normalize(book)
+    for path, book in books.items():
+        write(book, path)
+    config.write_text(text, encoding="utf-8")
 
 
 def main():
@@ -91,6 +92,7 @@ def main():
     parser.add_argument("tag", help="the tag that readers install, e.g. v1.0.0")
     options = parser.parse_args()
     publish(options.repository, options.tag)
+    print(f"Pages and set-up cells now name {published()}. Commit, tag that commit {options.tag}, and push both.")
 
 
 if __name__ == "__main__":
