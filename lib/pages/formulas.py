@@ -16,8 +16,14 @@ from latex2mathml.converter import convert_to_element
 from latex2mathml.symbols_parser import SYMBOLS_FILE
 from sphinx.util import logging
 
+LOG = logging.getLogger(__name__)
 SCRIPTS = {"msub", "msup", "msubsup", "munder", "mover", "munderover"}  # the first child is the base
 TALL = {"mfrac", "mtable", "munder", "munderover", "mover", "mroot"}
+KNOWN = {  # what latex2mathml does not know, by what it does; its \lVert grows with what it embraces
+    r"\\arg": r"\\operatorname{arg}",
+    r"\\[lr]vert": "|",
+    r"\\[lr]Vert": r"\\|",
+}
 ACCENTS = {"^": "ˆ", "~": "˜"}
 PRIMES = ("′", "″", "‴", "⁗")
 PARTS = dict.fromkeys(["msub", "msup", "munder", "mover", "mfrac", "mroot"], 2) | {"msubsup": 3, "munderover": 3}
@@ -48,17 +54,16 @@ def classes():
     return found | {":": "rel", "*": "bin", "!": "close"}
 
 
-logger = logging.getLogger(__name__)
-
-
 def mathml(tex, display=False):
     """A formula in TeX as a <math> element, in a string.
 
     Raises:
         ValueError: it cannot be converted.
     """
-    tex = tex.strip()
-    source = re.sub(r"\\arg(?![a-zA-Z])", r"\\operatorname{arg}", tex).replace("{aligned}", "{split}")
+    tex = " ".join(tex.split())
+    source = tex.replace("{aligned}", "{split}")
+    for command, known in KNOWN.items():
+        source = re.sub(rf"{command}(?![a-zA-Z])", known, source)
     if r"\\" in re.sub(r"(?s)\\begin\{.*\\end\{[^}]*\}", "", source):
         source = rf"\begin{{split}}{source}\end{{split}}"
     if (braces := re.sub(r"\\.", "", tex)).count("{") != braces.count("}"):
@@ -74,7 +79,7 @@ def mathml(tex, display=False):
         if len(element) != PARTS.get(element.tag, len(element)):
             raise ValueError(f"<{element.tag}> has {len(element)} parts and needs {PARTS[element.tag]}")
     mend(math, "display" if display else "text")
-    math.attrib = ({"display": "block"} if display else {}) | {"alttext": " ".join(tex.split())}
+    math.attrib = ({"display": "block"} if display else {}) | {"alttext": tex}
     return tostring(math, encoding="unicode")
 
 
@@ -102,10 +107,12 @@ def mend(element, style):
             below = "script"
         elif element.tag == "mfrac":
             below = "text" if style == "display" else "script"
+        elif element.tag == "mtable" and style == "display" and not element.get("displaystyle"):
+            below = "text"
         else:
-            below = "text" if element.tag == "mtable" and style == "display" else style
+            below = style
         mend(child, below)
-    if element.tag in ("mi", "mn"):
+    if element.tag in ("mi", "mn", "mtext"):
         mend_letter(element)
     elif element.tag == "mo":
         element.attrib |= {"lspace": "0", "rspace": "0"}
@@ -137,7 +144,7 @@ def mend_letter(element):
     if variant == "normal" or "Α" <= element.text <= "Ω":
         element.set("mathvariant", "normal")
     elif variant:
-        element.text = "".join(letter(char, variant) for char in element.text)
+        element.text = "".join(letter(char, variant) if char.isalnum() else char for char in element.text)
     elif element.text == "~":  # what latex2mathml writes for \sim
         element.text = "∼"
 
@@ -166,7 +173,7 @@ def align(cells):
 
 def space(row, style):
     """Join upright letters to words, and put TeX's spaces between atoms; in scripts only those beside an operator."""
-    children, atoms = [], []
+    children = []
     for child in row:
         if child.tag != "mspace" and children and is_upright(child) and is_upright(children[-1]):
             children[-1].text += child.text
@@ -204,8 +211,6 @@ def atom_classes(atoms):
         elif classes().get(text) == "fence":
             found.append(("open", "close")[bars % 2])
             bars += 1
-            if not any(atom.tag == "mtable" for atom in atoms):
-                core.set("stretchy", "false")
         else:
             found.append(classes().get(text, "ord"))
     found = [kind if kind in CLASSES else "ord" for kind in found]
@@ -224,7 +229,7 @@ def visit_inline(translator, node):
 
 def visit_block(translator, node):
     if node.get("number"):
-        logger.warning("a formula has a number, and none is shown: take its label away", location=node)
+        LOG.warning("a formula has a number, and none is shown: take its label away", location=node)
     write(translator, node, "div", display=True)
 
 
@@ -232,9 +237,7 @@ def write(translator, node, tag, display):
     try:
         formula = mathml(node.astext(), display)
     except ValueError as error:
-        logger.warning(
-            f"the formula {node.astext().strip()!r} is not shown: {error}; write it otherwise", location=node
-        )
+        LOG.warning(f"the formula {node.astext().strip()!r} is not shown: {error}; write it otherwise", location=node)
         formula = ""
     translator.body.append(f"{translator.starttag(node, tag, '', CLASS='math')}{formula}</{tag}>")
     raise nodes.SkipNode
