@@ -224,22 +224,22 @@ def atom_classes(atoms):
 
 
 def visit_inline(translator, node):
-    write(translator, node, "span", display=False)
+    write(translator, node, "span")
 
 
 def visit_block(translator, node):
     if node.get("number"):
         LOG.warning("a formula has a number, and none is shown: take its label away", location=node)
-    write(translator, node, "div", display=True)
+    write(translator, node, "div", tabindex="0")  # for the keyboard to scroll it on a phone's width
 
 
-def write(translator, node, tag, display):
+def write(translator, node, tag, **attributes):
     try:
-        formula = mathml(node.astext(), display)
+        formula = mathml(node.astext(), display=tag == "div")
     except ValueError as error:
         LOG.warning(f"the formula {node.astext().strip()!r} is not shown: {error}; write it otherwise", location=node)
         formula = ""
-    translator.body.append(f"{translator.starttag(node, tag, '', CLASS='math')}{formula}</{tag}>")
+    translator.body.append(f"{translator.starttag(node, tag, '', CLASS='math', **attributes)}{formula}</{tag}>")
     raise nodes.SkipNode
 
 
