@@ -83,7 +83,7 @@ def write(app, pagename, templatename, context, doctree):
     if pagename not in app.env.found_docs:
         return  # the search and the index of words, which Sphinx makes
     if pagename == app.config.root_doc:
-        context["docstitle"] = ""  # its own title is the book's, and the theme would name it twice
+        context["title"] = description(app.env, pagename)  # its own is the book's, which the theme adds to every title
     text = html.escape(description(app.env, pagename) or "")
     title = html.escape(app.env.titles[pagename].astext())
     context["metatags"] = context.get("metatags", "") + (
