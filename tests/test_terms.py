@@ -250,6 +250,13 @@ def test_a_meaning_opens_within_a_phones_screen_beside_its_term(browser, address
             assert meaning["y"] + meaning["height"] <= 900
 
 
+def test_the_glossary_shows_its_meanings_on_a_phone(browser, address):
+    with Visit(browser, f"{address}/book/glossary.html#term-perplexity", width=390) as visit:
+        meaning = visit.page.locator("tr:target td").last.bounding_box()
+        assert meaning["x"] >= 0 and meaning["x"] + meaning["width"] <= 390
+        assert 0 <= meaning["y"] < 900
+
+
 def test_a_comma_stays_on_its_terms_line(browser, address):
     apart = """unbroken => {
       const middle = node => {

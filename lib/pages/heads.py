@@ -82,6 +82,8 @@ def check(app, env):
 def write(app, pagename, templatename, context, doctree):
     if pagename not in app.env.found_docs:
         return  # the search and the index of words, which Sphinx makes
+    if pagename == app.config.root_doc:
+        context["title"] = description(app.env, pagename)  # its own is the book's, which the theme adds to every title
     text = html.escape(description(app.env, pagename) or "")
     title = html.escape(app.env.titles[pagename].astext())
     context["metatags"] = context.get("metatags", "") + (

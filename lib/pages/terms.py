@@ -39,7 +39,7 @@ NO_PROSE = (
     nodes.thead,
     addnodes.download_reference,
 )
-FOLDED = {"cell", "dropdown", "toggle"}  # classes of cells, and of prose that is folded away
+NOT_OPEN = {"cell", "dropdown", "toggle", "sd-card"}  # classes of cells, of prose folded away, of cards that are links
 HANGUL = re.compile("[가-힣]")
 
 
@@ -104,7 +104,7 @@ def in_prose(text):
     while node := node.parent:
         above.append(node)
     return any(isinstance(node, nodes.paragraph) for node in above) and not any(
-        isinstance(node, NO_PROSE) or FOLDED.intersection(node.get("classes", ())) for node in above
+        isinstance(node, NO_PROSE) or NOT_OPEN.intersection(node.get("classes", ())) for node in above
     )
 
 
