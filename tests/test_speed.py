@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import subprocess
 import sys
 import urllib.request
 from pathlib import Path
@@ -18,12 +19,9 @@ from fontTools.ttLib import TTFont
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from notebook_rules import ROOT
-from sphinx.errors import ExtensionError
-from test_publish import copy_of_the_book
-from tuning.experiments import bench
-
-sys.path.insert(0, str(ROOT / "lib"))
 from pages import formulas, speed
+from sphinx.errors import ExtensionError
+from tuning.experiments import bench
 
 CHAPTERS = ["1-prompts/2-prompts-are-code", "2-lora/6-mathematics-of-lora"]
 
@@ -316,16 +314,16 @@ def test_a_formula_that_cannot_be_set_is_an_error(tex, message):
 
 
 def test_a_build_with_such_a_formula_fails_and_names_it(tmp_path):
-    import subprocess
-
-    book = copy_of_the_book(tmp_path / "copy")
-    (book / "_toc.yml").write_text("format: jb-book\nroot: book/page\n")
-    (book / "book" / "page.md").write_text("# Page\n\nLet $\\unheard x$ be.\n")
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-W", "--keep-going", "--quiet"]
-    done = subprocess.run(command, cwd=book, capture_output=True, text=True)
+    (tmp_path / "conf.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'lib')!r})\nextensions = ['myst_parser', 'pages.formulas']\n"
+        "myst_enable_extensions, html_math_renderer = ['dollarmath'], 'mathml'\n"
+    )
+    (tmp_path / "index.md").write_text("# Page\n\nLet $\\unheard x$ be.\n\n$$x$$ (label)\n")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", tmp_path, tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
-    said = done.stdout + done.stderr
-    assert "book/page.md" in said and r"\unheard x" in said and "write it otherwise" in said
+    assert re.search(r"index.md:3: .*unheard x' is not shown: .*unheard is not known; write it otherwise", done.stderr)
+    assert re.search(r"index.md:5: .*a formula has a number, and none is shown", done.stderr)
 
 
 # The bench
