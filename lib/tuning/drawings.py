@@ -276,7 +276,7 @@ def book_map(parts):
             "</li>",
         ]
     key = [
-        f"{sign([(6, 6, 52, 52, look)])} {text}"
+        f"<span>{sign([(6, 6, 52, 52, look)])} {text}</span>"
         for text, look in (
             ("frozen", FROZEN),
             ("trained", TRAINED),
