@@ -434,7 +434,8 @@ def measure_pages(rounds=3):
                 for score, key in SCORES.items():
                     values = [100 * run["categories"][key]["score"] for run in runs]
                     measured[f"{name}, {score}"] = statistics.median(values)
-                measured["by"] = f"Lighthouse {runs[0]['lighthouseVersion']} on {runs[0]['environment']['hostUserAgent']}"
+                chrome = re.search(r"Chrome/\d+", runs[0]["environment"]["hostUserAgent"])[0]
+                measured["by"] = f"Lighthouse {runs[0]['lighthouseVersion']}, {chrome}"
                 sent = statistics.median(run["audits"]["total-byte-weight"]["numericValue"] for run in runs)
                 measured[f"{name}, KB sent"] = sent / 1000
     return measured
