@@ -1,6 +1,7 @@
 """The one figure style of the book: SVG that is readable at 700 and at 350 px, in the dark theme and in grey."""
 
 import sys
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -78,7 +79,7 @@ def panels(title, width_ratios=(1, 1), size=(WIDTH, 3.4)):
 
 
 def dots_with_intervals(axes, labels, rows, color=COLORS[0]):
-    """One line a label, the first on top: a dot at `p_at_1`, a bar from `low` to `high`.
+    """One line a label, the first on top: a dot at `p_at_1`, a bar from `low` to `high`. Long labels wrap.
 
     Args:
         rows: dicts with `p_at_1`, `low` and `high`, as fractions.
@@ -87,5 +88,5 @@ def dots_with_intervals(axes, labels, rows, color=COLORS[0]):
     values = [row["p_at_1"] for row in rows]
     spans = [[row["p_at_1"] - row["low"] for row in rows], [row["high"] - row["p_at_1"] for row in rows]]
     axes.errorbar(values, places, xerr=spans, fmt="o", color=color, capsize=3, linewidth=1.2)
-    axes.set_yticks(places, labels)
+    axes.set_yticks(places, [fill(label, 24) for label in labels])
     axes.set_ylim(-0.6, len(rows) - 0.4)
