@@ -55,6 +55,14 @@ def test_nothing_is_painted_behind_a_figure():
     assert not legend.get_frame_on()
 
 
+def test_panels_stand_row_after_row():
+    fig, axes = panels("Four", (1, 2), rows=2)
+    fig.canvas.draw()
+    places = [ax.get_window_extent() for ax in axes]
+    assert places[1].x0 > places[0].x1 and places[1].y0 == places[0].y0 and places[2].y1 < places[0].y0
+    assert places[3].width == pytest.approx(2 * places[2].width, rel=0.01)
+
+
 def test_a_long_title_wraps_at_the_left_and_stays_inside():
     fig, axes = figure("One choice of words after another makes a title that no line of this figure can hold", "x")
     fig.canvas.draw()

@@ -203,9 +203,10 @@ def p_tuning():
     write(axes, 327, 20, "Japan")
     return Drawing(
         axes.figure,
-        "Six trained embeddings, s0 to s5, orange, pass through a bidirectional LSTM of two layers and then each through "
-        "the same MLP, orange too, and become the vectors h0 to h5. These stand around the subject, e(Osaka), three on "
-        "each side, in the input of the frozen language model, grey and locked. Behind the last it answers: Japan.",
+        "Six trained embeddings, s0 to s5, orange, pass through a bidirectional LSTM of two layers and then each "
+        "through the same MLP, orange too, and become the vectors h0 to h5. These stand around the subject, e(Osaka), "
+        "three on each side, in the input of the frozen language model, grey and locked. Behind the last it answers: "
+        "Japan.",
     )
 
 

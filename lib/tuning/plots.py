@@ -25,6 +25,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,  # of what is drawn as points inside an SVG: images, and what is `rasterized`
     "figure.facecolor": "none",
+    "figure.labelsize": 11,
     "figure.titlesize": 12,
     "font.size": 11,
     "grid.alpha": 0.35,
@@ -63,19 +64,20 @@ def figure(title, xlabel=None, ylabel=None, size=(WIDTH, 3.2)):
     return fig, axes
 
 
-def panels(title, width_ratios=(1, 1), size=(WIDTH, 3.4)):
+def panels(title, width_ratios=(1, 1), size=(WIDTH, 3.4), rows=1):
     """A figure with several pairs of axes side by side, under one title, which wraps at the figure's width.
 
     Args:
-        width_ratios: one number a panel.
+        width_ratios: one number a panel of a row.
+        rows: more than one for more panels than a telephone has room for beside each other.
 
     Returns:
-        `(figure, axes)`, with one of the axes a panel.
+        `(figure, axes)`, with one of the axes a panel, row after row.
     """
     begin()
-    fig, axes = plt.subplots(1, len(width_ratios), figsize=size, width_ratios=width_ratios, squeeze=False)
+    fig, axes = plt.subplots(rows, len(width_ratios), figsize=size, width_ratios=width_ratios, squeeze=False)
     fig.suptitle(title, x=0.01, ha="left", wrap=True)
-    return fig, axes[0]
+    return fig, axes.flatten()
 
 
 def dots_with_intervals(axes, labels, rows, color=COLORS[0]):
