@@ -77,16 +77,6 @@ def test_the_map_leads_to_every_chapter_by_its_title():
             assert link in shown
 
 
-def test_a_picture_of_the_readme_lies_on_white(tmp_path):
-    (tmp_path / "_toc.yml").write_text("parts: []")
-    (tmp_path / "book").mkdir()
-    cell = new_code_cell("plt.show()", metadata={"tags": ["readme-picture"]})
-    cell.outputs = [new_output("display_data", {"image/svg+xml": '<?xml?><svg a="b"><svg/></svg>'})]
-    nbformat.write(new_notebook(cells=[cell]), tmp_path / "book" / "one.ipynb")
-    white = '<?xml?><svg a="b"><rect width="100%" height="100%" fill="white"/><svg/></svg>'
-    assert notebooks.written(tmp_path)["one.svg"] == white
-
-
 def test_the_page_gets_the_text_that_a_drawing_brings_along(tmp_path):
     path = tmp_path / "one.ipynb"
     source = "from tuning import drawings\n\ndrawings.attention(['The', 'bank', 'of'])"

@@ -48,10 +48,10 @@ def test_a_notebook_shows_figures_as_svg_whole_and_twice_the_same():
     nbformat.validate(book)
 
 
-def test_nothing_is_painted_behind_a_figure():
+def test_a_figure_lies_on_white_and_nothing_else_is_painted_behind_it():
     fig, axes = panels("Two", (1, 1))
     legend = axes[0].legend(handles=axes[0].plot([1, 2]), labels=["some"])
-    assert fig.get_facecolor()[3] == 0 and all(ax.get_facecolor()[3] == 0 for ax in axes)
+    assert fig.get_facecolor() == (1, 1, 1, 1) and all(ax.get_facecolor()[3] == 0 for ax in axes)
     assert not legend.get_frame_on()
 
 

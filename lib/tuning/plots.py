@@ -24,7 +24,7 @@ STYLE = {
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,  # of what is drawn as points inside an SVG: images, and what is `rasterized`
-    "figure.facecolor": "none",
+    "figure.facecolor": "white",  # for notebooks in the dark and for the README; the book's pages let it vanish
     "figure.labelsize": 11,
     "figure.titlesize": 12,
     "font.size": 11,
@@ -32,7 +32,7 @@ STYLE = {
     "legend.fontsize": 10,
     "legend.frameon": False,
     "lines.markersize": 5,
-    "savefig.facecolor": "none",
+    "savefig.facecolor": "auto",
     "svg.fonttype": "path",  # a picture on a page cannot use the page's fonts
     "svg.hashsalt": "tuning",  # the same figure has the same bytes
     "xtick.labelsize": 10,
