@@ -166,6 +166,10 @@ def png(book):
     book.cells[6].outputs = [new_output("display_data", {"image/png": "aVZCT1I="})]
 
 
+def large_figure(book):
+    book.cells[6].outputs[0].data["image/svg+xml"] = "<svg>" + 250_000 * " " + "</svg>"
+
+
 def tag_with_a_typo(book):
     book.cells[4].metadata["tags"] = ["nbval-ignore-ouput"]
 
@@ -216,6 +220,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (set_source(0, "```{note}\n"), "a directive that Colab shows raw"),
         (no_alternative_text, "without alternative text"),
         (png, "a PNG figure"),
+        (large_figure, "a figure of 250 KB; at most 200: draw its many points with rasterized=True"),
         (tag_with_a_typo, "unknown tag 'nbval-ignore-ouput'"),
         (ignored_without_assert, "neither it nor the next cell asserts"),
         (set_source(4, "# NBVAL_IGNORE_OUTPUT\ntime()"), "a marker that must be a tag"),
