@@ -222,7 +222,7 @@ def place(axes, x, y, what):
 
 def four_places():
     """Where four methods put what they train: positions from left to right, layers from the input up."""
-    axes = sheet(384)
+    axes = sheet(370)
     at_input, in_depth = ("a vector", "a computed state"), ("no token", "a key and a value")  # the input, each layer
     methods = (
         ("Prompt tuning", "trained directly", (0, 1, 2), at_input),
