@@ -21,9 +21,9 @@ WIDTH = 4.8  # inches
 LETTERS = 13  # px
 INK = "#333333"
 LINE = 1.4
-FROZEN = {"facecolor": "#DCDCDC", "edgecolor": COLORS[5]}
-TRAINED = {"facecolor": "#FAC796", "edgecolor": COLORS[1]}
-SENT = {"facecolor": "#C3DDF1", "edgecolor": COLORS[0]}
+FROZEN = {"facecolor": "#E8E8E8", "edgecolor": COLORS[5]}
+TRAINED = {"facecolor": "#F6AA64", "edgecolor": COLORS[1]}
+SENT = {"facecolor": "#BBD8EF", "edgecolor": COLORS[0]}
 COMPUTED = {"facecolor": "none", "edgecolor": INK}
 EMPTY = {"facecolor": "none", "edgecolor": COLORS[5], "linestyle": (0, (2, 2))}
 
