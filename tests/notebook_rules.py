@@ -38,6 +38,7 @@ PRINTS_WIDER = {
     "11-where-the-memory-goes", "12-lomo",
 }  # fmt: skip
 CHECKED = "✓ "  # how the title of a folded check begins
+RECALLED = re.compile(r"From earlier: (\w+)\((.*)\)")  # the title of a cell with the tag EARLIER
 
 
 def read_library(module):
@@ -50,9 +51,9 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-def first_line(cell):
-    """The first line of a code cell, or the second where the first is the title of its fold."""
-    return cell.source.splitlines()[title(cell) is not None :][0]
+def untitled(cell):
+    """The source of a code cell, without the title of its fold."""
+    return cell.source if title(cell) is None else cell.source.partition("\n")[2]
 
 
 def parse(source):
@@ -76,7 +77,7 @@ def definitions(source):
 def marked(book):
     """(cell, module, definitions) of the cells that show the library's code."""
     for cell in code_cells(book):
-        match = MARKER.fullmatch(first_line(cell))
+        match = MARKER.fullmatch(untitled(cell).partition("\n")[0])
         if match:
             yield cell, match[1], definitions(cell.source)
 
@@ -127,6 +128,7 @@ def violations(book, setup, library=read_library, chapter=True, wider=False):
             found.append(f"a path of a machine in {MACHINE_PATH.search(cell.source)[0]!r}")
     for number, cell in enumerate(cells, start=1):
         found += [f"cell {number}: {fault}" for fault in (*cell_faults(cell), *fold_faults(cell))]
+        found += [f"cell {number}: {fault}" for fault in earlier_faults(cell, library)]
         if not wider:
             found += [f"cell {number}: {fault}" for fault in wide_outputs(cell)]
         ignored = IGNORE_OUTPUT in cell.metadata.get("tags", [])
@@ -184,6 +186,53 @@ def fold_faults(cell):
         yield f"the title says ✓ and the cell asserts nothing: {heading!r}"
 
 
+def earlier_faults(cell, library):
+    """Where a cell that recalls a function of an earlier chapter does not name it as the library has it."""
+    tags, heading = cell.metadata.get("tags", []), title(cell) or ""
+    match = RECALLED.fullmatch(heading)
+    if EARLIER not in tags:
+        if match:
+            yield f"its title recalls a function: give it the tag {EARLIER!r} too"
+        return
+    if "hide-cell" not in tags:
+        yield f"a cell with the tag {EARLIER!r} is folded whole: give it the tag 'hide-cell' too"
+    if not cell.outputs:
+        yield "it recalls a function and shows no example: print one small result below the import"
+    if match is None:
+        yield f"its title must read like 'From earlier: merge(model)', with a name and parameters, not {heading!r}"
+        return
+    name, named = match[1], [parameter for parameter in match[2].split(", ") if parameter]
+    modules = [
+        node.module.removeprefix("tuning.")
+        for node in parse(cell.source).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tuning.")
+        if any(alias.name == name and alias.asname is None for alias in node.names)
+    ]
+    if not modules:
+        yield f"it recalls {name} and does not import it: add `from tuning.… import {name}`"
+        return
+    own = parameters(library(modules[0]) or "", name)
+    if own is None:
+        yield f"tuning/{modules[0]}.py defines no {name} with parameters: import it from where it is written"
+        return
+    left = iter(own)
+    if not all(parameter in left for parameter in named):
+        yield f"its title names {name}({', '.join(named)}); the library has, in this order, {name}({', '.join(own)})"
+
+
+def parameters(source, name):
+    """The names of the parameters that a function or class at the top of `source` takes; None if there is none."""
+    top = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    node = top.get(name)
+    while isinstance(node, ast.ClassDef):
+        inner = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+        bases = [top[base.id] for base in node.bases if isinstance(base, ast.Name) and base.id in top]
+        node = inner.get("__init__") or next(iter(bases), None)
+    if node is None:
+        return None
+    return [child.arg for child in ast.iter_child_nodes(node.args) if getattr(child, "arg", "self") != "self"]
+
+
 def printed(output):
     """The lines of an output that the page shows as text."""
     data = output.get("data", {})
@@ -226,7 +275,7 @@ def marker_faults(book, library):
                 yield f"{name}: not in tuning/{module}.py"
             elif tree != real[name]:
                 yield f"{name}: the shown code is not that of tuning/{module}.py"
-        following = cells[cells.index(cell) + 1].source if cell is not cells[-1] else ""
+        following = untitled(cells[cells.index(cell) + 1]) if cell is not cells[-1] else ""
         imported = re.match(rf"from tuning\.{module} import (.+)", following)
         names = set(re.split(r"[,\s]+", imported[1])) if imported else set()
         for name in shown.keys() - names:

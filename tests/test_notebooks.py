@@ -2,12 +2,14 @@
 
 import base64
 import copy
+import importlib
+import inspect
 import sys
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_rules import PRINTS_WIDER, ROOT, read, unshown, violations
+from notebook_rules import PRINTS_WIDER, ROOT, exported, parameters, read, read_library, unshown, violations
 
 sys.path.insert(0, str(ROOT / "lib" / "tools"))
 import notebooks
@@ -21,6 +23,16 @@ __all__ = ["twice"]
 def twice(x):
     """Double it."""
     return 2 * x
+
+def scale(x, by=2, *, times=1):
+    return x * by**times
+
+class Layer:
+    def __init__(self, size, rank):
+        self.size, self.rank = size, rank
+
+class Adapter(Layer):
+    pass
 '''
 PIXEL = base64.b64encode(b"png").decode()
 
@@ -59,22 +71,31 @@ def good():
     card = "- **You will build** a\n- **You need** b\n- **Cost** c\n- **Download** d"
     cells = [
         new_markdown_cell(card),
-        new_code_cell(SETUP),
+        new_code_cell(SETUP, metadata={"tags": ["hide-input"]}),
         new_code_cell("# tuning/prompts.py\ndef twice(x):\n    return 2 * x"),
-        new_code_cell("from tuning.prompts import twice\n\nprint(twice(2))"),
+        new_code_cell("from tuning.prompts import twice\n\nprint(twice(2))", metadata={"tags": ["result"]}),
         new_code_cell("time()", metadata={"tags": ["nbval-ignore-output"]}),
         new_code_cell("assert time() > 0"),
         new_code_cell("plt.show()", metadata={"mystnb": {"image": {"alt": "A line that rises from left to right."}}}),
+        new_code_cell("# @title ✓ Twice two is four\nassert twice(2) == 4", metadata={"tags": ["hide-cell"]}),
+        new_code_cell(recalled("twice(x)"), metadata={"tags": ["hide-cell", "earlier"]}),
     ]
     cells[3].outputs = [new_output("stream", text="4\n")]
     cells[6].outputs = [new_output("display_data", {"image/png": PIXEL})]
+    cells[8].outputs = [new_output("stream", text="6\n")]
     for count, cell in enumerate(cells[1:], start=1):
         cell.execution_count = count
-    return new_notebook(cells=cells)
+    return notebooks.normalize(new_notebook(cells=cells))
 
 
-def faults(book, library=library):
-    return "\n".join(violations(book, SETUP, library))
+def recalled(signature, line=None):
+    """A cell that recalls a function of the library, by `line` where the import is another."""
+    name = signature.split("(")[0]
+    return f"# @title From earlier: {signature}\n{line or f'from tuning.prompts import {name}'}\n\nprint(twice(3))"
+
+
+def faults(book, library=library, **options):
+    return "\n".join(violations(book, SETUP, library, **options))
 
 
 def test_a_good_notebook_passes():
@@ -108,7 +129,7 @@ def set_source(index, text):
 
 def set_output(index, text):
     def change(book):
-        book.cells[index].outputs = [new_output("stream", text=text)]
+        book.cells[index].outputs = [new_output("stream", text=text)] if text else []
 
     return change
 
@@ -127,6 +148,25 @@ def svg(book):
 
 def tag_with_a_typo(book):
     book.cells[4].metadata["tags"] = ["nbval-ignore-ouput"]
+
+
+def set_tags(index, *tags):
+    def change(book):
+        book.cells[index].metadata["tags"] = list(tags)
+
+    return change
+
+
+def not_folded_in_jupyterlab(book):
+    del book.cells[7].metadata["jupyter"]
+
+
+def not_folded_in_colab(book):
+    del book.cells[7].metadata["cellView"]
+
+
+def folded_in_colab_only(book):
+    book.cells[5].metadata["cellView"] = "form"
 
 
 def ignored_without_assert(book):
@@ -149,7 +189,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (error_output, "an error output: ValueError"),
         (progress_bar, "stderr in its output"),
         (set_source(1, SETUP + " "), "not the setup cell"),
-        (set_source(1, SETUP.replace("==", ">=", 1)), "not the setup cell"),
+        (set_source(1, publish.setup_cell(("https://github.com/ada/tuning", "v9.0.0"))), "not the setup cell"),
         (drop_the_card, "the card lacks **You need**"),
         (set_output(3, "/home/ada/book\n"), "a path of a machine in its output"),
         (set_source(5, "assert open('/tmp/x')"), "a path of a machine"),
@@ -169,19 +209,71 @@ TWICE = "def twice(x):\n    return 2 * x"
         (set_source(2, "# tuning/prompts.py\n" + TWICE.replace("2", "3")), "not that of tuning/prompts.py"),
         (set_source(2, "# tuning/prompts.py\n" + TWICE.replace("twice", "thrice")), "thrice: not in tuning/prompts.py"),
         (set_source(3, "print(twice(2))"), "does not import the library's"),
-        (set_source(5, "assert 1\n" * 45), "lines; at most"),
+        (set_source(5, "assert 1\n" * 51), "lines; at most"),
+        (set_source(5, f"assert {'1' * 74}"), "a line of 81 characters; at most 80"),
+        (set_output(3, "1" * 81 + "\n"), "a printed line of 81 characters; at most 80"),
         (
             set_source(5, "def f():\n    from tuning.prompts import encode, _inputs"),
             "private name of tuning.prompts: _in",
         ),
         (set_source(5, "from tuning.experiments.probe import Probe"), "an import from tuning.experiments.probe"),
         (set_source(5, "from tuning.experiments import probe"), "an import from tuning.experiments"),
+        (set_tags(3), "0 cells with the tag 'result'"),
+        (set_tags(5, "result"), "2 cells with the tag 'result'"),
+        (set_source(7, "assert twice(2) == 4"), "a folded cell needs a title: make its first line `# @title …`"),
+        (set_source(7, "#@title ✓ Four\nassert twice(2) == 4"), "make its first line `# @title …`, not '#@title ✓"),
+        (set_source(7, "# @title Imports\n"), "a fold opens on nothing: write its code below its title"),
+        (set_source(5, "# @title Imports\nassert 1"), "a cell with a title is a fold: give it the tag"),
+        (not_folded_in_jupyterlab, "its fold is not the same for the page, JupyterLab and Colab"),
+        (not_folded_in_colab, "its fold is not the same for the page, JupyterLab and Colab"),
+        (folded_in_colab_only, "its fold is not the same for the page, JupyterLab and Colab"),
+        (set_source(7, "# @title Four\nassert twice(2) == 4"), "a check is folded and its title does not begin with ✓"),
+        (set_source(7, "# @title ✓Four\nassert twice(2) == 4"), "a check is folded and its title does not begin with"),
+        (set_source(7, "# @title ✓ Four\nprint(twice(2))"), "the title says ✓ and the cell asserts nothing"),
+        (set_source(8, recalled("twice")), "its title must read like 'From earlier: merge(model)'"),
+        (set_source(8, "# @title Twice\nprint(twice(3))"), "its title must read like 'From earlier: merge(model)'"),
+        (set_source(8, recalled("twice(y)")), "its title names twice(y); the library has, in this order, twice(x)"),
+        (set_source(8, recalled("scale(times, x)")), "the library has, in this order, scale(x, by, times)"),
+        (set_source(8, recalled("Layer(self, size)")), "the library has, in this order, Layer(size, rank)"),
+        (set_source(8, recalled("thrice(x)")), "tuning/prompts.py defines no thrice with parameters"),
+        (set_source(8, recalled("twice(x)", "from tuning.lora import twice")), "tuning/lora.py defines no twice"),
+        (
+            set_source(8, recalled("twice(x)", "import tuning")),
+            "recalls twice and does not import it: add `from tuning.",
+        ),
+        (set_source(8, recalled("twice(x)", "from tuning.prompts import scale as twice")), "does not import it"),
+        (set_output(8, None), "recalls a function and shows no example: print one small result"),
+        (set_tags(8, "hide-input", "earlier"), "is folded whole: give it the tag 'hide-cell' too"),
+        (set_tags(8, "hide-cell"), "its title recalls a function: give it the tag 'earlier' too"),
     ],
 )
 def test_each_rule_catches_its_violation(change, fault):
     book = good()
     change(book)
     assert fault in faults(book)
+
+
+def test_only_a_chapter_in_its_new_form_prints_narrow_lines_and_only_a_chapter_has_a_result():
+    book = good()
+    set_output(3, "1" * 81 + "\n")(book)
+    assert faults(book, wider=True) == ""
+    set_tags(3)(book)
+    assert faults(book, wider=True, chapter=False) == ""
+
+
+@pytest.mark.parametrize("signature", ["twice(x)", "scale(x)", "scale(x, times)", "Layer(size, rank)", "Adapter(rank)"])
+def test_a_function_is_recalled_with_those_of_its_parameters_that_matter(signature):
+    book = good()
+    book.cells[8].source = recalled(signature)
+    assert faults(book) == ""
+
+
+@pytest.mark.parametrize("module", ["evaluate", "lomo", "lora", "p_tuning", "prompts"])
+def test_parameters_are_those_that_python_tells(module):
+    source = read_library(module)
+    for name in exported(source):
+        thing = getattr(importlib.import_module(f"tuning.{module}"), name)
+        assert parameters(source, name) == list(inspect.signature(thing).parameters)
 
 
 def test_docstrings_and_formatting_do_not_count():
@@ -196,12 +288,14 @@ def test_a_changed_library_function_is_noticed():
 
 
 def test_a_changed_library_function_is_noticed_in_the_real_chapter():
-    from notebook_rules import read_library
-
     path = next(path for path in PATHS if path.name == "2-prompts-are-code.ipynb")
     changed = read_library("prompts").replace("largest=False", "largest=True")
     assert changed != read_library("prompts")
-    found = violations(read(path), SETUP, lambda module: changed if module == "prompts" else read_library(module))
+
+    def library(module):
+        return changed if module == "prompts" else read_library(module)
+
+    found = violations(read(path), SETUP, library, wider=True)
     assert found == ["hotflip: the shown code is not that of tuning/prompts.py"]
 
 
@@ -226,6 +320,39 @@ def test_run_executes_in_place_and_twice_the_same(tmp_path):
     assert path.read_bytes() == saved and b"execution_count" in saved
     assert [cell.execution_count for cell in read(path).cells] == [1, 2]
     assert [output.get("name") for output in read(path).cells[0].outputs] == ["stdout"]
+
+
+def test_a_fold_is_written_from_its_tag_and_taken_away_with_it():
+    cell = new_code_cell("# @title Imports\nimport torch", metadata={"tags": ["hide-cell"], "jupyter": {"a": 1}})
+    for _ in range(2):
+        notebooks.fold(cell)
+        expected = {"tags": ["hide-cell"], "jupyter": {"a": 1, "source_hidden": True}, "cellView": "form"}
+        assert cell.metadata == expected
+    cell.source, cell.metadata["tags"] = "import torch", []
+    notebooks.fold(cell)
+    assert cell.metadata == {"tags": [], "jupyter": {"a": 1}}
+    del cell.metadata["jupyter"]["a"]
+    notebooks.fold(cell)
+    assert cell.metadata == {"tags": []}
+
+
+def test_a_fold_without_a_title_stops_a_run_before_it_begins(tmp_path):
+    path = tmp_path / "one.ipynb"
+    first = new_code_cell("from pathlib import Path\nPath('ran').touch()")
+    nbformat.write(new_notebook(cells=[first, new_code_cell("x = 1", metadata={"tags": ["hide-input"]})]), path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"needs a title: make its first line `# @title …`, not 'x = 1'"):
+        notebooks.run(path)
+    assert path.read_bytes() == before and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "fold"])
+def test_the_command_names_the_notebook_at_fault(command, tmp_path, monkeypatch):
+    path = tmp_path / "one.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("# @title Imports\nimport torch")]), path)
+    monkeypatch.setattr(sys, "argv", ["notebooks.py", command, str(path)])
+    with pytest.raises(SystemExit, match=r"one\.ipynb: a cell with a title is a fold: give it the tag hide-input or"):
+        notebooks.main()
 
 
 def test_a_failing_run_leaves_the_notebook_as_it_was(tmp_path):

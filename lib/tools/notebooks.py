@@ -38,7 +38,7 @@ def fold(cell):
     The rendered page folds by the tag itself. All three show the title.
 
     Raises:
-        ValueError: a fold without a title, or a title without a fold.
+        ValueError: a fold without a title or without code, or a title without a fold.
     """
     metadata = cell.metadata
     metadata.get("jupyter", {}).pop("source_hidden", None)
@@ -47,6 +47,8 @@ def fold(cell):
     start = cell.source.split("\n", 1)[0]
     if tagged and title(cell) is None:
         raise ValueError(f"a folded cell needs a title: make its first line `# @title …`, not {start!r}")
+    if tagged and cell.source.strip() == start:
+        raise ValueError(f"a fold opens on nothing: write its code below its title, or delete the cell: {start!r}")
     if title(cell) is not None and not tagged:
         raise ValueError(f"a cell with a title is a fold: give it the tag hide-input or hide-cell: {start!r}")
     if tagged:
@@ -122,10 +124,13 @@ def main():
     for path in options.paths or notebooks():
         if not path.is_file():
             raise SystemExit(f"{path} is no file; e.g. make run CHAPTER=book/1-prompts/2-prompts-are-code.ipynb")
-        if options.command == "fold":
-            write(normalize(nbformat.read(path, as_version=4)), path)
-        else:
-            print(f"{path}: {run(path.resolve()):.0f} s", flush=True)
+        try:
+            if options.command == "fold":
+                write(normalize(nbformat.read(path, as_version=4)), path)
+            else:
+                print(f"{path}: {run(path.resolve()):.0f} s", flush=True)
+        except ValueError as error:  # a fault in the notebook itself
+            raise SystemExit(f"{path}: {error}") from error
     for name, data in readme_pictures().items():
         (ROOT / "book" / "_static" / name).write_bytes(data)
 
