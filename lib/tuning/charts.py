@@ -89,7 +89,7 @@ def choose(rows, question, alt, scale):
     span = altair.Scale(domain=[0, max(bar["value"] for bar in bars)], nice=True)  # the same for all cases
     thick = chosen.mark_bar(height=12, yOffset=9).encode(
         x=altair.X("value:Q", title=scale, scale=span, axis=altair.Axis(tickCount=5)),
-        color=altair.condition("datum.right", altair.value(COLORS[1]), altair.value(COLORS[0])),
+        color=altair.condition("datum.right", altair.value(COLORS[1]), altair.value(COLORS[4])),
         description="label:N",
     )
     # A label stands above its bar and not beside it, so that both have the whole width of a phone.
