@@ -15,6 +15,7 @@ FLOORS = [
 ]
 BESIDE = {  # what imports a neighbour on its own floor
     "charts": {"plots"},
+    "drawings": {"plots"},
     "files": {"wrappers"},
     "models": {"files"},
     "records": {"data"},

@@ -1,6 +1,5 @@
 """The rules hold for every notebook of the book, and each rule catches its violation."""
 
-import base64
 import copy
 import importlib
 import inspect
@@ -34,7 +33,6 @@ class Layer:
 class Adapter(Layer):
     pass
 '''
-PIXEL = base64.b64encode(b"png").decode()
 
 
 def library(module):
@@ -61,9 +59,41 @@ def test_notebooks_have_normalized_metadata():
         assert notebooks.normalize(copy.deepcopy(book)) == book, f"{path.name}: write it with make run"
 
 
-def test_pictures_in_the_readme_come_from_the_notebooks():
-    for name, data in notebooks.readme_pictures().items():
-        assert (ROOT / "book" / "_static" / name).read_bytes() == data
+def test_the_map_and_the_readmes_pictures_come_from_the_book():
+    found = notebooks.written()
+    assert "map.html" in found and len(found) > 1
+    for name, text in found.items():
+        assert (ROOT / "book" / "_static" / name).read_text(encoding="utf-8") == text, f"{name}: write it with make run"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"book/_static/{name}" in readme for name in found if name != "map.html")
+
+
+def test_the_map_leads_to_every_chapter_by_its_title():
+    shown = notebooks.written()["map.html"]
+    for path in PATHS:
+        if path.parent.name[0].isdigit():
+            number, name = read(path).cells[0].source.splitlines()[0].removeprefix("# ").split(". ")
+            link = f'<a href="{path.parent.name}/{path.stem}.html" title="{number}. {name}">{number}<'
+            assert link in shown
+
+
+def test_a_picture_of_the_readme_lies_on_white(tmp_path):
+    (tmp_path / "_toc.yml").write_text("parts: []")
+    (tmp_path / "book").mkdir()
+    cell = new_code_cell("plt.show()", metadata={"tags": ["readme-picture"]})
+    cell.outputs = [new_output("display_data", {"image/svg+xml": '<?xml?><svg a="b"><svg/></svg>'})]
+    nbformat.write(new_notebook(cells=[cell]), tmp_path / "book" / "one.ipynb")
+    white = '<?xml?><svg a="b"><rect width="100%" height="100%" fill="white"/><svg/></svg>'
+    assert notebooks.written(tmp_path)["one.svg"] == white
+
+
+def test_the_page_gets_the_text_that_a_drawing_brings_along(tmp_path):
+    path = tmp_path / "one.ipynb"
+    source = "from tuning import drawings\n\ndrawings.attention(['The', 'bank', 'of'])"
+    nbformat.write(new_notebook(cells=[new_code_cell(source), new_code_cell("1")]), path)
+    notebooks.run(path)
+    alt = read(path).cells[0].metadata["mystnb"]["image"]["alt"]
+    assert alt.startswith("The tokens The, bank, of, twice") and "mystnb" not in read(path).cells[1].metadata
 
 
 def good():
@@ -81,7 +111,7 @@ def good():
         new_code_cell(recalled("twice(x)"), metadata={"tags": ["hide-cell", "earlier"]}),
     ]
     cells[3].outputs = [new_output("stream", text="4\n")]
-    cells[6].outputs = [new_output("display_data", {"image/png": PIXEL})]
+    cells[6].outputs = [new_output("display_data", {"image/svg+xml": "<svg/>"})]
     cells[8].outputs = [new_output("stream", text="6\n")]
     for count, cell in enumerate(cells[1:], start=1):
         cell.execution_count = count
@@ -142,8 +172,8 @@ def no_alternative_text(book):
     del book.cells[6].metadata["mystnb"]
 
 
-def svg(book):
-    book.cells[6].outputs = [new_output("display_data", {"image/svg+xml": "<svg/>"})]
+def png(book):
+    book.cells[6].outputs = [new_output("display_data", {"image/png": "aVZCT1I="})]
 
 
 def tag_with_a_typo(book):
@@ -195,7 +225,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (set_source(5, "assert open('/tmp/x')"), "a path of a machine"),
         (set_source(0, "```{note}\n"), "a directive that Colab shows raw"),
         (no_alternative_text, "without alternative text"),
-        (svg, "an SVG figure"),
+        (png, "a PNG figure"),
         (tag_with_a_typo, "unknown tag 'nbval-ignore-ouput'"),
         (ignored_without_assert, "neither it nor the next cell asserts"),
         (set_source(4, "# NBVAL_IGNORE_OUTPUT\ntime()"), "a marker that must be a tag"),

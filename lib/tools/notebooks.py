@@ -1,19 +1,21 @@
 """Work on the book's notebooks: `run` executes them in place, `fold` only writes the folds that their tags ask for."""
 
 import argparse
-import base64
 import re
 import sys
 import time
 from pathlib import Path
 
 import nbformat
+import yaml
 from nbclient import NotebookClient
+from tuning.drawings import book_map
 from tuning.files import replace
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDS = ("hide-input", "hide-cell")
 TITLE = re.compile(r"# @title (\S.*)")
+FIGURE = "image/svg+xml"
 
 
 def notebooks(root=ROOT):
@@ -74,7 +76,7 @@ def run(path):
 
 
 def normalize(book):
-    """Keep of the metadata only what means something, so that a second run changes as little as possible."""
+    """Keep of the metadata what means something, and no more, so that a second run changes as little as possible."""
     book.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -84,7 +86,16 @@ def normalize(book):
         if cell.cell_type == "code":
             fold(cell)
             cell.outputs = merge_streams(cell.outputs)
+            describe(cell)
     return book
+
+
+def describe(cell):
+    """Give the rendered page the alternative text of a drawing or chart, which its output brings along."""
+    for output in cell.outputs:
+        text = output.get("data", {}).get("text/plain", "")
+        if FIGURE in output.get("data", {}) and not text.startswith("<Figure"):
+            cell.metadata.setdefault("mystnb", {}).setdefault("image", {})["alt"] = text
 
 
 def merge_streams(outputs):
@@ -105,14 +116,36 @@ def write(book, path):
     replace(path, lambda temporary: nbformat.write(book, temporary))
 
 
-def readme_pictures(root=ROOT):
-    """File name -> PNG of the figures whose cell has the tag `readme-picture`."""
-    found = {}
+def written(root=ROOT):
+    """File name -> text of what book/_static holds of the notebooks: the map, and pictures for the README.
+
+    Such a picture is the figure of a cell with the tag `readme-picture`, on white: a README may be shown on black.
+    """
+    found = {"map.html": book_map(parts(root))}
     for path in notebooks(root):
         for cell in nbformat.read(path, as_version=4).cells:
             if "readme-picture" in cell.metadata.get("tags", []):
-                found[f"{path.stem}.png"] = base64.b64decode(cell.outputs[-1].data["image/png"])
+                picture = cell.outputs[-1].data[FIGURE]
+                white = r'\g<0><rect width="100%" height="100%" fill="white"/>'
+                found[f"{path.stem}.svg"] = re.sub(r"<svg\b[^>]*>", white, picture, count=1)
     return found
+
+
+def parts(root=ROOT):
+    """Name of a part -> [(title, address as seen from the index)] of its chapters, from the table of contents."""
+    contents = yaml.safe_load((root / "_toc.yml").read_text(encoding="utf-8"))
+    found = {}
+    for part in contents["parts"]:
+        name = re.fullmatch(r"Part \d+ · (.+)", part["caption"])
+        if name:
+            found[name[1]] = [chapter(root, entry["file"]) for entry in part["chapters"]]
+    return found
+
+
+def chapter(root, place):
+    """(title, address) of a chapter; its title is the first line of its first cell."""
+    heading = nbformat.read(root / f"{place}.ipynb", as_version=4).cells[0].source.split("\n", 1)[0]
+    return heading.removeprefix("# "), f"{place.removeprefix('book/')}.html"
 
 
 def main():
@@ -131,8 +164,8 @@ def main():
                 print(f"{path}: {run(path.resolve()):.0f} s", flush=True)
         except ValueError as error:  # a fault in the notebook itself
             raise SystemExit(f"{path}: {error}") from error
-    for name, data in readme_pictures().items():
-        (ROOT / "book" / "_static" / name).write_bytes(data)
+    for name, text in written().items():
+        (ROOT / "book" / "_static" / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Drawings: readable on a telephone, nothing overlaps, and each says in words what it shows."""
+
+import itertools
+import math
+import re
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.path import Path
+from matplotlib.text import Text
+from tuning import drawings
+from tuning.drawings import FROZEN, PHONE, TRAINED, Drawing, attention, book_map, four_places, lora
+
+DRAWINGS = {
+    "lora": lambda: lora(538_060_032, 9_768_960),
+    "attention": lambda: attention(["The", "bank", "of", "the", "river"]),
+    "four_places": four_places,
+}
+every = pytest.mark.parametrize("name", DRAWINGS)
+
+
+def texts(figure):
+    """(text, box) of each label, the box in pixels of the figure."""
+    figure.canvas.draw()
+    shown = [text for text in figure.findobj(Text) if text.get_text() and text.axes and text not in ticks(text.axes)]
+    return [(text, text.get_window_extent()) for text in shown]
+
+
+def ticks(axes):
+    return [*axes.get_xticklabels(), *axes.get_yticklabels()]
+
+
+def test_every_drawing_is_tried_here():
+    assert set(DRAWINGS) == set(drawings.__all__) - {"Drawing", "book_map"}
+
+
+@every
+def test_labels_are_12_px_high_on_a_telephone(name):
+    figure = DRAWINGS[name]().figure
+    per_point = PHONE / figure.get_figwidth() / 72
+    assert all(text.get_fontsize() * per_point >= 11.999 for text, _ in texts(figure))
+
+
+@every
+def test_labels_lie_inside_and_do_not_overlap(name):
+    figure = DRAWINGS[name]().figure
+    labels = texts(figure)
+    assert len(labels) > 8
+    for text, place in labels:
+        assert place.x0 >= 0 and place.y0 >= 0, text
+        assert place.x1 <= figure.bbox.width and place.y1 <= figure.bbox.height, text
+    for (one, place), (other, elsewhere) in itertools.combinations(labels, 2):
+        assert not place.overlaps(elsewhere), f"{one.get_text()!r} and {other.get_text()!r}"
+
+
+@every
+def test_no_edge_or_arrow_runs_through_a_label(name):
+    figure = DRAWINGS[name]().figure
+    for text, place in texts(figure):
+        for patch in figure.findobj(lambda artist: isinstance(artist, Rectangle | FancyBboxPatch | FancyArrowPatch)):
+            if patch is figure.patch or patch is text.axes.patch:
+                continue
+            for line in patch.get_path().to_polygons(patch.get_transform(), closed_only=False):
+                assert not Path(line).intersects_bbox(place, filled=False), f"{text.get_text()!r} and {patch}"
+
+
+@every
+def test_the_same_drawing_has_the_same_bytes_and_says_what_it_shows(name):
+    first, second = (DRAWINGS[name]()._repr_mimebundle_() for _ in range(2))
+    assert first == second
+    assert first["image/svg+xml"].startswith("<?xml") and "dc:date" not in first["image/svg+xml"]
+    assert first["text/plain"] == DRAWINGS[name]().alt and len(first["text/plain"].split()) > 30
+
+
+@pytest.mark.parametrize("alt", ["", "LoRA", "A drawing of LoRA"])
+def test_a_drawing_without_alternative_text_is_refused(alt):
+    with pytest.raises(ValueError, match="needs a text that says what it shows"):
+        Drawing(Figure(), alt)
+
+
+def test_loras_sizes_are_those_given_and_its_squares_are_to_scale():
+    drawing = lora(2_000_000_000, 80_000_000)
+    written = " ".join(text.get_text() for text, _ in texts(drawing.figure))
+    assert "2000 MB once" in written.replace("\n", " ") and "80 MB a task" in written.replace("\n", " ")
+    assert "2000 MB once" in drawing.alt and "80 MB a task" in drawing.alt
+    squares = [
+        (patch.get_facecolor()[:3], patch.get_width())
+        for patch in drawing.figure.findobj(Rectangle)
+        if patch.get_width() == patch.get_height() and patch.get_y() < 60 and patch.get_linewidth()
+    ]
+    grey, orange = (width for _, width in squares)
+    assert (grey / orange) ** 2 == pytest.approx(2_000 / 80)
+    colors = [tuple(round(255 * part) for part in color) for color, _ in squares]
+    assert colors == [tuple(int(look["facecolor"][i : i + 2], 16) for i in (1, 3, 5)) for look in (FROZEN, TRAINED)]
+
+
+@pytest.mark.parametrize(("n", "text"), [(538_060_032, "538 MB"), (9_768_960, "9.8 MB"), (18_400_000, "18 MB")])
+def test_sizes_are_written_short(n, text):
+    assert drawings.megabytes(n) == text
+
+
+@pytest.mark.parametrize("sizes", [(9_768_960, 538_060_032), (538, 0), (5, 5)])
+def test_loras_sizes_the_wrong_way_round_are_refused(sizes):
+    with pytest.raises(ValueError, match="give both files' sizes in bytes"):
+        lora(*sizes)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_a_causal_model_is_drawn_looking_back_only(n):
+    lines = attention(list("abcde"[:n])).figure.axes[0].lines
+    looks = [line.get_xdata() for line in lines]
+    both, back = looks[: n * n], looks[n * n :]
+    assert len(back) == n * (n + 1) / 2
+    assert any(to > start for start, to in both) and all(to <= start for start, to in back)
+
+
+def test_a_text_too_wide_for_its_place_is_refused():
+    with pytest.raises(ValueError, match=r"no room for \['incomprehensibilities'\]; give fewer or shorter"):
+        attention(["The", "incomprehensibilities", "of", "the", "river"])
+    with pytest.raises(ValueError, match="at least three tokens"):
+        attention(["The", "bank"])
+
+
+# --- the map
+
+CHAPTERS = {
+    "Asking": [("1. Two ways", "1-prompts/1.html"), ("2. A < B & C", "1-prompts/2.html")],
+    "Few bytes": [("12. LOMO", "4-lomo/12.html")],
+}
+
+
+def test_the_map_has_the_parts_in_order_and_a_link_with_a_name_for_each_chapter():
+    html = book_map(CHAPTERS)
+    assert re.findall(r'class="part" href="([^"]+)">([^<]+)', html) == [
+        ("1-prompts/1.html", "Asking"), ("4-lomo/12.html", "Few bytes"),
+    ]  # fmt: skip
+    assert html.index("Asking") < html.index("2. A") < html.index("Few bytes") < html.index("12. LOMO")
+    assert '<a href="1-prompts/2.html" title="2. A &lt; B &amp; C">2<span' in html and "A < B" not in html
+    assert all(answer in html for answer in drawings.PARTS["Asking"][:2])
+    assert drawings.PARTS["Low rank"][1] not in html
+
+
+def test_a_part_of_which_the_map_knows_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"no part 'At work'; say in tuning.drawings.PARTS"):
+        book_map({"At work": [("15. Choosing", "6-work/15.html")]})
+
+
+def test_signs_keep_inside_their_square():
+    for _, _, boxes in drawings.PARTS.values():
+        assert all(min(x, y) >= 6 and max(x + w, y + h) <= 58 for x, y, w, h, _ in boxes)
+        assert math.isclose(max(y + h for _, y, _, h, _ in boxes), 58)
