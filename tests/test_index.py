@@ -45,6 +45,7 @@ def test_what_the_index_says_of_the_runs():
         right(three_runs("four_way", "manual prompt and fine-tuning")),
     )
     text = " ".join(TEXT.split())
+    assert f"gets 307 of 1,064 cities right. Tuned by LoRA it gets {mean(lora):.0f}" in text
     assert f"LoRA's runs gave {min(lora)} to {max(lora)} countries" in text
     assert f"those of all weights {min(full)} to {max(full)}" in text
     assert round(538060032 / 9768960) == 55 and "a fifty-fifth of the bytes" in text

@@ -111,7 +111,7 @@ def good():
         new_code_cell(recalled("twice(x)"), metadata={"tags": ["hide-cell", "earlier"]}),
     ]
     cells[3].outputs = [new_output("stream", text="4\n")]
-    cells[6].outputs = [new_output("display_data", {"image/svg+xml": "<svg/>"})]
+    cells[6].outputs = [new_output("display_data", {"image/svg+xml": "<svg/>", "text/plain": "<Figure size 600x300>"})]
     cells[8].outputs = [new_output("stream", text="6\n")]
     for count, cell in enumerate(cells[1:], start=1):
         cell.execution_count = count

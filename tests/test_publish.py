@@ -50,7 +50,7 @@ def test_publishing_again_moves_to_the_new_address(tmp_path):
     publish.publish("ada/tuning", "v2.0.0", root=root)
     publish.publish("bob/tuning", "v3.0.0", root=root)
     assert publish.published(root / "_config.yml") == ("https://github.com/bob/tuning", "v3.0.0")
-    assert "ada" not in (root / "_config.yml").read_text() + (root / f"{CHAPTER}.ipynb").read_text()
+    assert "ada/" not in (root / "_config.yml").read_text() + (root / f"{CHAPTER}.ipynb").read_text()
 
 
 @pytest.mark.parametrize(("repository", "tag"), [("", ""), ("tuning", "v1"), ("a/b/c", "v1"), ("a/b", "v 1")])

@@ -94,7 +94,7 @@ def describe(cell):
     """Give the rendered page the alternative text of a drawing or chart, which its output brings along."""
     for output in cell.outputs:
         text = output.get("data", {}).get("text/plain", "")
-        if FIGURE in output.get("data", {}) and not text.startswith("<Figure"):
+        if FIGURE in output.get("data", {}) and text and not text.startswith("<Figure"):
             cell.metadata.setdefault("mystnb", {}).setdefault("image", {})["alt"] = text
 
 
