@@ -43,7 +43,9 @@ class Chart:
         look = look.configure_axis(
             grid=False, labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, titleFontWeight="normal"
         )
-        look = look.configure_title(color=INK, anchor="start", frame="bounds", fontSize=12.5, offset=8)
+        look = look.configure_title(
+            color=INK, anchor="start", frame="bounds", fontSize=12.5, fontWeight="normal", offset=8
+        )
         self.question, self.spec = question, look.to_dict() | {"$schema": SCHEMA}
 
     def still(self):
