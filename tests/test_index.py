@@ -6,11 +6,12 @@ from statistics import mean
 import pytest
 import yaml
 from notebook_rules import ROOT, read
+from tuning.data import TEMPLATES
 from tuning.experiments.record import load_results
 
 TEXT = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
 METHODS = {  # how a row of the first table begins -> where its runs are recorded
-    "Ask well": ("four_way", "manual prompt", "a sentence"),
+    "Ask well": ("four_way", "manual prompt", "none"),
     "P-tuning": ("four_way", "P-tuning", "18 kB"),
     "LoRA": ("lora_tasks", "manual prompt and LoRA", "9.8 MB"),
     "All weights": ("four_way", "manual prompt and fine-tuning", "538 MB"),
@@ -36,7 +37,7 @@ def test_the_first_table_shows_the_recorded_runs(start):
     assert shown[1:] == [f"{mean(right(runs)):.0f}", f"{continents:.0f}", kept]
     size = runs[0]["stored_bytes"]
     assert size == 0 or kept in (f"{size / 1e3:.0f} kB", f"{size / 1e6:.1f} MB", f"{size / 1e6:.0f} MB")
-    assert {run["n"] for run in runs} == {1064} and "| countries, of 1,064 |" in TEXT
+    assert {run["n"] for run in runs} == {1064} and "| country of a city, of 1,064 |" in TEXT
 
 
 def test_what_the_index_says_of_the_runs():
@@ -46,13 +47,30 @@ def test_what_the_index_says_of_the_runs():
     )
     text = " ".join(TEXT.split())
     assert f"gets 307 of 1,064 cities right. Tuned by LoRA it gets {mean(lora):.0f}" in text
-    assert f"LoRA's runs gave {min(lora)} to {max(lora)} countries" in text
-    assert f"those of all weights {min(full)} to {max(full)}" in text
-    assert round(538060032 / 9768960) == 55 and "a fifty-fifth of the bytes" in text
-    pieces, lomo = load_results("qlora_memory")["results"], load_results("lomo_memory_measured")["results"]
-    assert f"in {pieces['65B/ours']['peak_bytes'] / 2**30:.1f} GiB" in text
-    assert f"in {lomo['7B/LOMO']['peak_bytes'] / 2**30:.1f} GiB" in text
-    assert f"with AdamW {lomo['7B/AdamW']['peak_bytes'] / 2**30:.1f}" in text
+    assert (
+        f"Three runs of LoRA gave {min(lora)} to {max(lora)}, three runs of all weights {min(full)} to {max(full)}"
+        in text
+    )
+    assert round(538060032 / 9768960) == 55 and "55 times smaller" in text
+    assert TEMPLATES["P17"][7].replace("[X]", "Osaka").replace("[Y].", "…") in text
+
+
+@pytest.mark.parametrize(
+    ("start", "experiment", "piece"),
+    [
+        ("| 7B | AdamW, all weights | 8 × 512 |", "lomo_memory_measured", "7B/AdamW"),
+        ("| 7B | SGD, all weights | 8 × 512 |", "lomo_memory_measured", "7B/SGD"),
+        ("| 7B | LOMO, all weights | 8 × 512 |", "lomo_memory_measured", "7B/LOMO"),
+        ("| 7B | QLoRA | 1 × 512 |", "qlora_memory", "7B/ours"),
+        ("| 65B | QLoRA | 1 × 512 |", "qlora_memory", "65B/ours"),
+    ],
+)
+def test_the_second_table_shows_what_was_measured_on_a_gpu(start, experiment, piece):
+    run = load_results(experiment)
+    assert run["provenance"]["machine"] == "NVIDIA H200" and "an NVIDIA H200" in TEXT
+    settings = run["provenance"]["settings"]
+    assert f"{settings.get('batch', 1)} × {settings['length']}" in start
+    assert f"{start} {run['results'][piece]['peak_bytes'] / 2**30:.1f} GiB |" in TEXT
 
 
 def test_the_chapters_are_those_of_the_table_of_contents():

@@ -92,7 +92,7 @@ def write_icons(static, scripts_and_pages):
         if not file.is_file():
             raise ExtensionError(f"the theme has no font {file}: see which it brings, and mend lib/pages/speed.py")
         options = subset.Options(flavor="woff2", layout_features=[])
-        font = TTFont(io.BytesIO(file.read_bytes()))
+        font = TTFont(io.BytesIO(file.read_bytes()), recalcTimestamp=False)
         cutter = subset.Subsetter(options)
         cutter.populate(unicodes=codes)
         cutter.subset(font)

@@ -231,17 +231,17 @@ def four_places():
 PARTS = {
     "Asking": (
         "How far does asking go?",
-        "Wording decides too much. P‑tuning trains vectors instead of words.",
+        "One word can decide the answer. P‑tuning trains vectors instead of words.",
         [(6, 6, 52, 34, FROZEN)] + [(x, 46, 10, 12, TRAINED if x != 34 else FROZEN) for x in (6, 20, 34, 48)],
     ),
     "Low rank": (
         "How little must we change?",
-        "LoRA freezes the weights and trains two thin matrices beside each.",
+        "LoRA freezes each weight matrix and trains two thin ones beside it.",
         [(6, 6, 36, 36, FROZEN), (48, 6, 10, 36, TRAINED), (6, 48, 36, 10, TRAINED)],
     ),
     "Few bits": (
         "How small can the rest be?",
-        "QLoRA holds the frozen weights in four bits and trains beside them.",
+        "QLoRA keeps the frozen weights in four bits and trains LoRA beside them.",
         [(6, 6, 36, 36, EMPTY), (24, 24, 18, 18, FROZEN), (48, 6, 10, 36, TRAINED), (6, 48, 36, 10, TRAINED)],
     ),
     "Few bytes": (
@@ -276,8 +276,13 @@ def book_map(parts):
             "</li>",
         ]
     key = [
-        f"{sign([(6, 6, 52, 52, look)])} {text}"
-        for text, look in (("frozen", FROZEN), ("trained", TRAINED), ("one gradient at a time", SENT))
+        f"<span>{sign([(6, 6, 52, 52, look)])} {text}</span>"
+        for text, look in (
+            ("frozen", FROZEN),
+            ("trained", TRAINED),
+            ("held for a moment", SENT),
+            ("no longer held", EMPTY),
+        )
     ]
     begin, end = (
         ['<nav class="book-map" aria-label="Map of the book">', "<ol>"],

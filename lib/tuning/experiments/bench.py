@@ -2,6 +2,7 @@
 
     python -m tuning.experiments.bench            # minutes
     python -m tuning.experiments.bench --bare     # also sets up and renders a bare clone
+    python -m tuning.experiments.bench --only pages     # Lighthouse alone; the other rows stay as they were recorded
     python -m tuning.experiments.bench --device cuda    # on a GPU, without chapters and pages: bench_cuda.json
 
 Times are wall-clock seconds on an otherwise idle machine. Each speed ratio is measured side by side: both ways
@@ -9,21 +10,28 @@ alternate in one run, and the median of the ratios is reported.
 """
 
 import argparse
+import functools
+import gzip
+import http.server
 import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..adapter_files import load_adapter, save_adapter
 from ..data import TEMPLATES, load_facts
+from ..files import write_json
 from ..four_bit_files import load_lm_4bit
 from ..lomo import Lomo
 from ..lora import add_lora, merge, unmerge, use_adapter
@@ -32,7 +40,7 @@ from ..nf4 import dequantize, quantize, quantize_scales
 from ..p_tuning import PromptEncoder, answer_loss, encode_pseudo, soften
 from ..prompts import answer_id, answer_logits, encode, few_shot
 from ..training import optimizer_for, take_step
-from .record import RESULTS, Recorder, machine
+from .record import RESULTS, Recorder, load_results, machine
 
 ROOT = Path(__file__).parents[3]
 BUDGETS = {  # from the design: the largest value allowed, or the smallest where `at_least`
@@ -57,6 +65,22 @@ BUDGETS = {  # from the design: the largest value allowed, or the smallest where
     "chapter, s": (150, False),
     "chapter, peak memory, GB": (6, False),
     "largest page, MB": (1.5, False),
+    "index, performance": (90, True),
+    "index, accessibility": (95, True),
+    "index, best practices": (95, True),
+    "index, SEO": (95, True),
+    "chapter 6, performance": (90, True),
+    "chapter 6, accessibility": (95, True),
+    "chapter 6, best practices": (95, True),
+    "chapter 6, SEO": (95, True),
+}
+LIGHTHOUSE = "lighthouse@12.8.2"  # the last one that runs on Node 18 and 20
+PAGES = {"index": "book/index.html", "chapter 6": "book/2-lora/6-mathematics-of-lora.html"}
+SCORES = {  # of Lighthouse, of 100
+    "performance": "performance",
+    "accessibility": "accessibility",
+    "best practices": "best-practices",
+    "SEO": "seo",
 }
 
 
@@ -339,6 +363,84 @@ def page_images(page):
     return set(re.findall(r'src="[./]*_images/([^"]+)"', page.read_text(encoding="utf-8")))
 
 
+class CompressedFiles(http.server.SimpleHTTPRequestHandler):
+    """Serves files as a real host does: text compressed, and kept by the browser for ten minutes."""
+
+    protocol_version = "HTTP/1.1"
+
+    @staticmethod
+    @functools.cache
+    def content(path, coding):
+        data = Path(path).read_bytes()
+        if coding == "br":
+            import brotli
+
+            return brotli.compress(data, quality=5)
+        return gzip.compress(data, 6) if coding == "gzip" else data
+
+    def do_GET(self):
+        path = self.translate_path(self.path)
+        if not Path(path).is_file():
+            return self.send_error(404)
+        kind, accepted = self.guess_type(path), self.headers.get("Accept-Encoding", "")
+        text = kind.startswith("text/") or kind.endswith(("javascript", "json", "svg+xml"))
+        coding = next((name for name in ("br", "gzip") if text and name in accepted), None)
+        data = self.content(path, coding)
+        self.send_response(200)
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": len(data),
+            "Content-Encoding": coding,
+            "Cache-Control": "max-age=600",
+            "Vary": "Accept-Encoding",
+        }.items():
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def served(folder):
+    """The address of a folder's files on a server that compresses."""
+    handler = functools.partial(CompressedFiles, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def measure_pages(rounds=3):
+    """Lighthouse's scores of two pages, built afresh, on a simulated phone: medians of three runs; it needs npm."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not (shutil.which("npm") and browser):
+        return {"Lighthouse": f"not measured: there is no {'Chromium' if shutil.which('npm') else 'npm'} here"}
+    with tempfile.TemporaryDirectory() as folder:
+        jupyter_book = Path(sys.executable).with_name("jupyter-book")
+        run_timed([jupyter_book, "build", ".", "--all", "--quiet", "--path-output", folder])
+        run_timed(["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", folder, LIGHTHOUSE])
+        command = [f"{folder}/node_modules/.bin/lighthouse", "--quiet", "--output=json", f"--output-path={folder}/out"]
+        command += ["--no-enable-error-reporting", "--chrome-flags=--headless=new --no-sandbox"]
+        measured = {}
+        with served(f"{folder}/_build/html") as address:
+            for name, page in PAGES.items():
+                runs = []
+                for _ in range(rounds):
+                    run_timed(["env", f"CHROME_PATH={browser}", *command, f"{address}/{page}"])
+                    runs.append(json.loads(Path(folder, "out").read_text()))
+                for score, key in SCORES.items():
+                    values = [100 * run["categories"][key]["score"] for run in runs]
+                    measured[f"{name}, {score}"] = statistics.median(values)
+                chrome = re.search(r"Chrome/\d+", runs[0]["environment"]["hostUserAgent"])[0]
+                measured["by"] = f"Lighthouse {runs[0]['lighthouseVersion']}, {chrome}"
+                sent = statistics.median(run["audits"]["total-byte-weight"]["numericValue"] for run in runs)
+                measured[f"{name}, KB sent"] = sent / 1000
+    return measured
+
+
 def measure_bare():
     """Clone, set up and render in a new folder; the packages come from the network or pip's cache."""
     with tempfile.TemporaryDirectory() as folder:
@@ -356,6 +458,9 @@ def table(pieces):
         for name, value in measured.items():
             if isinstance(value, dict):
                 continue
+            if isinstance(value, str):
+                lines.append(f"{name[:62]:62} {value}")
+                continue
             budget, at_least = BUDGETS.get(name, (None, False))
             sign = "" if budget is None else ("≥ " if at_least else "≤ ") + str(budget)
             missed = budget is not None and (value < budget if at_least else value > budget)
@@ -364,13 +469,25 @@ def table(pieces):
     return lines
 
 
+def merged(earlier, new):
+    """Recorded results of which a later run measured some rows anew; the others stay, each with where it came from."""
+    place = {what: earlier["provenance"][what] for what in ("commit", "date", "machine", "versions")}
+    together = [{"place": place, "seconds": {"all": earlier["provenance"]["seconds"]}}]  # before pieces had origins
+    origins = []
+    for group in earlier.get("origins", together):
+        seconds = {key: value for key, value in group["seconds"].items() if key not in new["results"]}
+        origins += [group | {"seconds": seconds}] if seconds else []
+    return new | {"origins": origins + new["origins"], "results": earlier["results"] | new["results"]}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default=None)
     parser.add_argument("--bare", action="store_true", help="also time `make book` from a bare clone")
+    parser.add_argument("--only", choices=["pages"], help="measure this part alone, and keep the other recorded rows")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or default_device())
+    device = torch.device(options.device or ("cpu" if options.only else default_device()))
     parts = {
         "load": lambda: measure_load(device),
         "scoring": lambda: measure_scoring(*load_lm(device=device, dtype=torch.float32)),
@@ -382,13 +499,18 @@ def main(arguments=None):
     if device.type == "cpu":
         chapters = sorted(path for path in ROOT.glob("book/[0-9]*/*.ipynb") if ".ipynb_checkpoints" not in path.parts)
         parts |= {f"chapter/{path.stem}": lambda path=path: measure_chapter(path) for path in chapters}
-        parts |= {"book": measure_book} | ({"bare": measure_bare} if options.bare else {})
+        parts |= {"book": measure_book, "pages": measure_pages} | ({"bare": measure_bare} if options.bare else {})
+    if options.only:
+        parts = {options.only: measure_pages}
     name = "bench" if device.type == "cpu" else f"bench_{device.type}"
+    earlier = load_results(name, options.out) if options.only else None
     recorder = Recorder(name, options.out, device, len(parts), module="bench", machine=machine())
     for key, measure in parts.items():
         recorder.piece(key, measure)
     print("\n".join([f"\n{machine()}, torch {torch.__version__}", *table(recorder.pieces)]))
-    recorder.finish()
+    path = recorder.finish()
+    if earlier:
+        write_json(path, merged(earlier, load_results(name, options.out)))
 
 
 if __name__ == "__main__":
