@@ -30,6 +30,7 @@ MACHINE_PATH = re.compile(
 )
 CARD = ("**You will build**", "**You need**", "**Cost**", "**Download**")
 LONGEST_CELL = 50  # lines of a cell that is not folded; the aim is 20
+LARGEST_FIGURE = 200  # KB
 LONGEST_LINE = 80  # characters of code, and on a chapter's page of what is printed
 # Pages not yet remade in the form of the second edition: their printed lines may be wider. The list only shrinks.
 PRINTS_WIDER = {
@@ -164,6 +165,9 @@ def cell_faults(cell):
         if "image/png" in data:
             yield "a PNG figure; figures are SVG, as tuning.plots and tuning.drawings make them"
         alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+        if len(data.get(FIGURE, "")) > 1000 * LARGEST_FIGURE:
+            size = len(data[FIGURE]) // 1000
+            yield f"a figure of {size} KB; at most {LARGEST_FIGURE}: draw its many points with rasterized=True"
         if FIGURE in data and len(alt) < 20:
             yield "a figure without alternative text in metadata.mystnb.image.alt"
 

@@ -10,11 +10,12 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.text import Text
 from tuning import drawings
-from tuning.drawings import FROZEN, PHONE, TRAINED, Drawing, attention, book_map, four_places, lora
+from tuning.drawings import FROZEN, PHONE, TRAINED, Drawing, attention, book_map, four_places, lora, p_tuning
 
 DRAWINGS = {
     "lora": lambda: lora(538_060_032, 9_768_960),
     "attention": lambda: attention(["The", "bank", "of", "the", "river"]),
+    "p_tuning": p_tuning,
     "four_places": four_places,
 }
 every = pytest.mark.parametrize("name", DRAWINGS)

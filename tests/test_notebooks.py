@@ -77,16 +77,6 @@ def test_the_map_leads_to_every_chapter_by_its_title():
             assert link in shown
 
 
-def test_a_picture_of_the_readme_lies_on_white(tmp_path):
-    (tmp_path / "_toc.yml").write_text("parts: []")
-    (tmp_path / "book").mkdir()
-    cell = new_code_cell("plt.show()", metadata={"tags": ["readme-picture"]})
-    cell.outputs = [new_output("display_data", {"image/svg+xml": '<?xml?><svg a="b"><svg/></svg>'})]
-    nbformat.write(new_notebook(cells=[cell]), tmp_path / "book" / "one.ipynb")
-    white = '<?xml?><svg a="b"><rect width="100%" height="100%" fill="white"/><svg/></svg>'
-    assert notebooks.written(tmp_path)["one.svg"] == white
-
-
 def test_the_page_gets_the_text_that_a_drawing_brings_along(tmp_path):
     path = tmp_path / "one.ipynb"
     source = "from tuning import drawings\n\ndrawings.attention(['The', 'bank', 'of'])"
@@ -176,6 +166,10 @@ def png(book):
     book.cells[6].outputs = [new_output("display_data", {"image/png": "aVZCT1I="})]
 
 
+def large_figure(book):
+    book.cells[6].outputs[0].data["image/svg+xml"] = "<svg>" + 250_000 * " " + "</svg>"
+
+
 def tag_with_a_typo(book):
     book.cells[4].metadata["tags"] = ["nbval-ignore-ouput"]
 
@@ -226,6 +220,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (set_source(0, "```{note}\n"), "a directive that Colab shows raw"),
         (no_alternative_text, "without alternative text"),
         (png, "a PNG figure"),
+        (large_figure, "a figure of 250 KB; at most 200: draw its many points with rasterized=True"),
         (tag_with_a_typo, "unknown tag 'nbval-ignore-ouput'"),
         (ignored_without_assert, "neither it nor the next cell asserts"),
         (set_source(4, "# NBVAL_IGNORE_OUTPUT\ntime()"), "a marker that must be a tag"),

@@ -48,11 +48,19 @@ def test_a_notebook_shows_figures_as_svg_whole_and_twice_the_same():
     nbformat.validate(book)
 
 
-def test_nothing_is_painted_behind_a_figure():
+def test_a_figure_lies_on_white_and_nothing_else_is_painted_behind_it():
     fig, axes = panels("Two", (1, 1))
     legend = axes[0].legend(handles=axes[0].plot([1, 2]), labels=["some"])
-    assert fig.get_facecolor()[3] == 0 and all(ax.get_facecolor()[3] == 0 for ax in axes)
+    assert fig.get_facecolor() == (1, 1, 1, 1) and all(ax.get_facecolor()[3] == 0 for ax in axes)
     assert not legend.get_frame_on()
+
+
+def test_panels_stand_row_after_row():
+    fig, axes = panels("Four", (1, 2), rows=2)
+    fig.canvas.draw()
+    places = [ax.get_window_extent() for ax in axes]
+    assert places[1].x0 > places[0].x1 and places[1].y0 == places[0].y0 and places[2].y1 < places[0].y0
+    assert places[3].width == pytest.approx(2 * places[2].width, rel=0.01)
 
 
 def test_a_long_title_wraps_at_the_left_and_stays_inside():

@@ -119,15 +119,13 @@ def write(book, path):
 def written(root=ROOT):
     """File name -> text of what book/_static holds of the notebooks: the map, and pictures for the README.
 
-    Such a picture is the figure of a cell with the tag `readme-picture`, on white: a README may be shown on black.
+    Such a picture is the figure of a cell with the tag `readme-picture`.
     """
     found = {"map.html": book_map(parts(root))}
     for path in notebooks(root):
         for cell in nbformat.read(path, as_version=4).cells:
             if "readme-picture" in cell.metadata.get("tags", []):
-                picture = cell.outputs[-1].data[FIGURE]
-                white = r'\g<0><rect width="100%" height="100%" fill="white"/>'
-                found[f"{path.stem}.svg"] = re.sub(r"<svg\b[^>]*>", white, picture, count=1)
+                found[f"{path.stem}.svg"] = cell.outputs[-1].data[FIGURE]
     return found
 
 

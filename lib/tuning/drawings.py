@@ -14,7 +14,7 @@ from matplotlib.textpath import TextPath
 
 from .plots import COLORS, STYLE, SVG
 
-__all__ = ["Drawing", "attention", "book_map", "four_places", "lora"]
+__all__ = ["Drawing", "attention", "book_map", "four_places", "lora", "p_tuning"]
 
 PHONE = 350  # px
 WIDTH = 4.8  # inches
@@ -24,6 +24,7 @@ LINE = 1.4
 FROZEN = {"facecolor": "#DCDCDC", "edgecolor": COLORS[5]}
 TRAINED = {"facecolor": "#FAC796", "edgecolor": COLORS[1]}
 SENT = {"facecolor": "#C3DDF1", "edgecolor": COLORS[0]}
+COMPUTED = {"facecolor": "none", "edgecolor": INK}
 EMPTY = {"facecolor": "none", "edgecolor": COLORS[5], "linestyle": (0, (2, 2))}
 
 
@@ -182,6 +183,33 @@ def attention(words):
     )
 
 
+def p_tuning():
+    """P-tuning's prompt encoder, from its six trained embeddings down to what the frozen model reads and answers."""
+    axes = sheet(328)
+    pseudo, subject = (23, 69, 115, 235, 281, 327), 175  # middles of columns; the subject's is wider
+    write(axes, subject, 302, "trained")
+    box(axes, 2, 240, 346, 26, TRAINED, "bidirectional LSTM, two layers")
+    box(axes, subject - 34, 120, 68, 24, COMPUTED, "e(Osaka)")
+    arrow(axes, (subject, 118), (subject, 96))
+    for number, x in enumerate(pseudo):
+        box(axes, x - 20, 290, 40, 24, TRAINED, f"$s_{number}$")
+        box(axes, x - 20, 180, 40, 24, TRAINED, "MLP")
+        box(axes, x - 20, 120, 40, 24, COMPUTED, f"$h_{number}$")
+        for start, end in ((288, 268), (238, 206), (178, 146), (118, 96)):
+            arrow(axes, (x, start), (x, end))
+    box(axes, 2, 58, 346, 36, FROZEN, "frozen language model")
+    lock(axes, 332, 76)
+    arrow(axes, (327, 56), (327, 32))
+    write(axes, 327, 20, "Japan")
+    return Drawing(
+        axes.figure,
+        "Six trained embeddings, s0 to s5, orange, pass through a bidirectional LSTM of two layers and then each "
+        "through the same MLP, orange too, and become the vectors h0 to h5. These stand around the subject, e(Osaka), "
+        "three on each side, in the input of the frozen language model, grey and locked. Behind the last it answers: "
+        "Japan.",
+    )
+
+
 PLACES = {"a vector": TRAINED, "a key and a value": TRAINED, "a computed state": FROZEN, "no token": EMPTY}
 
 
@@ -194,7 +222,7 @@ def place(axes, x, y, what):
 
 def four_places():
     """Where four methods put what they train: positions from left to right, layers from the input up."""
-    axes = sheet(384)
+    axes = sheet(370)
     at_input, in_depth = ("a vector", "a computed state"), ("no token", "a key and a value")  # the input, each layer
     methods = (
         ("Prompt tuning", "trained directly", (0, 1, 2), at_input),

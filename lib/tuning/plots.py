@@ -1,6 +1,7 @@
 """The one figure style of the book: SVG that is readable at 700 and at 350 px, in the dark theme and in grey."""
 
 import sys
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -23,14 +24,15 @@ STYLE = {
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,  # of what is drawn as points inside an SVG: images, and what is `rasterized`
-    "figure.facecolor": "none",
+    "figure.facecolor": "white",  # for notebooks in the dark and for the README; the book's pages let it vanish
+    "figure.labelsize": 11,
     "figure.titlesize": 12,
     "font.size": 11,
     "grid.alpha": 0.35,
     "legend.fontsize": 10,
     "legend.frameon": False,
     "lines.markersize": 5,
-    "savefig.facecolor": "none",
+    "savefig.facecolor": "auto",
     "svg.fonttype": "path",  # a picture on a page cannot use the page's fonts
     "svg.hashsalt": "tuning",  # the same figure has the same bytes
     "xtick.labelsize": 10,
@@ -62,23 +64,24 @@ def figure(title, xlabel=None, ylabel=None, size=(WIDTH, 3.2)):
     return fig, axes
 
 
-def panels(title, width_ratios=(1, 1), size=(WIDTH, 3.4)):
+def panels(title, width_ratios=(1, 1), size=(WIDTH, 3.4), rows=1):
     """A figure with several pairs of axes side by side, under one title, which wraps at the figure's width.
 
     Args:
-        width_ratios: one number a panel.
+        width_ratios: one number a panel of a row.
+        rows: more than one for more panels than a telephone has room for beside each other.
 
     Returns:
-        `(figure, axes)`, with one of the axes a panel.
+        `(figure, axes)`, with one of the axes a panel, row after row.
     """
     begin()
-    fig, axes = plt.subplots(1, len(width_ratios), figsize=size, width_ratios=width_ratios, squeeze=False)
+    fig, axes = plt.subplots(rows, len(width_ratios), figsize=size, width_ratios=width_ratios, squeeze=False)
     fig.suptitle(title, x=0.01, ha="left", wrap=True)
-    return fig, axes[0]
+    return fig, axes.flatten()
 
 
 def dots_with_intervals(axes, labels, rows, color=COLORS[0]):
-    """One line a label, the first on top: a dot at `p_at_1`, a bar from `low` to `high`.
+    """One line a label, the first on top: a dot at `p_at_1`, a bar from `low` to `high`. Long labels wrap.
 
     Args:
         rows: dicts with `p_at_1`, `low` and `high`, as fractions.
@@ -87,5 +90,5 @@ def dots_with_intervals(axes, labels, rows, color=COLORS[0]):
     values = [row["p_at_1"] for row in rows]
     spans = [[row["p_at_1"] - row["low"] for row in rows], [row["high"] - row["p_at_1"] for row in rows]]
     axes.errorbar(values, places, xerr=spans, fmt="o", color=color, capsize=3, linewidth=1.2)
-    axes.set_yticks(places, labels)
+    axes.set_yticks(places, [fill(label, 24) for label in labels])
     axes.set_ylim(-0.6, len(rows) - 0.4)
