@@ -5,12 +5,14 @@ import math
 import re
 
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from matplotlib.path import Path
 from matplotlib.text import Text
+from test_plots import in_the_dark, lightness, luminance
 from tuning import drawings
-from tuning.drawings import FROZEN, PHONE, TRAINED, Drawing, attention, book_map, four_places, lora, p_tuning
+from tuning.drawings import FROZEN, PHONE, SENT, TRAINED, Drawing, attention, book_map, four_places, lora, p_tuning
 
 DRAWINGS = {
     "lora": lambda: lora(538_060_032, 9_768_960),
@@ -64,6 +66,18 @@ def test_no_edge_or_arrow_runs_through_a_label(name):
                 continue
             for line in patch.get_path().to_polygons(patch.get_transform(), closed_only=False):
                 assert not Path(line).intersects_bbox(place, filled=False), f"{text.get_text()!r} and {patch}"
+
+
+@pytest.mark.parametrize("theme", [list, in_the_dark], ids=["light", "dark"])
+def test_frozen_trained_and_sent_differ_in_grey_and_a_label_can_be_read_on_each(theme):
+    fills = [theme(to_rgb(look["facecolor"])) for look in (FROZEN, SENT, TRAINED)]
+    greys = [lightness(fill) for fill in fills]
+    assert all(abs(one - other) > 6 for one, other in itertools.combinations(greys, 2))
+    assert abs(greys[0] - greys[2]) > 15  # these two stand side by side
+    ink = luminance(theme(to_rgb(drawings.INK)))
+    for fill in fills:
+        dark, light = sorted((luminance(fill), ink))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2.2, 1.4.3
 
 
 @every
@@ -137,7 +151,8 @@ def test_the_map_has_the_parts_in_order_and_a_link_with_a_name_for_each_chapter(
         ("1-prompts/1.html", "Asking"), ("4-lomo/12.html", "Few bytes"),
     ]  # fmt: skip
     assert html.index("Asking") < html.index("2. A") < html.index("Few bytes") < html.index("12. LOMO")
-    assert '<a href="1-prompts/2.html" title="2. A &lt; B &amp; C">2<span' in html and "A < B" not in html
+    title = "2. A &lt; B &amp; C"
+    assert f'<a href="1-prompts/2.html" title="{title}" aria-label="{title}">2</a>' in html and "A < B" not in html
     assert all(answer in html for answer in drawings.PARTS["Asking"][:2])
     assert drawings.PARTS["Low rank"][1] not in html
 

@@ -73,8 +73,9 @@ def test_the_map_leads_to_every_chapter_by_its_title():
     for path in PATHS:
         if path.parent.name[0].isdigit():
             number, name = read(path).cells[0].source.splitlines()[0].removeprefix("# ").split(". ")
-            link = f'<a href="{path.parent.name}/{path.stem}.html" title="{number}. {name}">{number}<'
-            assert link in shown
+            title = f"{number}. {name}"
+            place = f"{path.parent.name}/{path.stem}.html"
+            assert f'<a href="{place}" title="{title}" aria-label="{title}">{number}</a>' in shown
 
 
 def test_the_page_gets_the_text_that_a_drawing_brings_along(tmp_path):

@@ -21,9 +21,9 @@ WIDTH = 4.8  # inches
 LETTERS = 13  # px
 INK = "#333333"
 LINE = 1.4
-FROZEN = {"facecolor": "#DCDCDC", "edgecolor": COLORS[5]}
-TRAINED = {"facecolor": "#FAC796", "edgecolor": COLORS[1]}
-SENT = {"facecolor": "#C3DDF1", "edgecolor": COLORS[0]}
+FROZEN = {"facecolor": "#E8E8E8", "edgecolor": COLORS[5]}
+TRAINED = {"facecolor": "#F6AA64", "edgecolor": COLORS[1]}
+SENT = {"facecolor": "#BBD8EF", "edgecolor": COLORS[0]}
 COMPUTED = {"facecolor": "none", "edgecolor": INK}
 EMPTY = {"facecolor": "none", "edgecolor": COLORS[5], "linestyle": (0, (2, 2))}
 
@@ -299,7 +299,7 @@ def book_map(parts):
             f"<em>{question}</em>",
             f"<span>{answer}</span>",
             '<span class="chapters">',
-            *(f'<a href="{to}" title="{escape(title)}">{number(title)}</a>' for title, to in chapters),
+            *(link(escape(title), to) for title, to in chapters),
             "</span>",
             "</li>",
         ]
@@ -329,7 +329,6 @@ def sign(boxes):
     return f'<svg viewBox="5 5 54 54" aria-hidden="true">{drawn}</svg>'
 
 
-def number(title):
-    """The number of a chapter, with its name for those who hear the page."""
-    count, name = title.split(". ", 1)
-    return f'{count}<span class="visually-hidden">. {escape(name)}</span>'
+def link(title, to):
+    """A chapter's number; its title for those who point at it or hear the page."""
+    return f'<a href="{to}" title="{title}" aria-label="{title}">{title.split(".")[0]}</a>'
