@@ -14,6 +14,7 @@ FLOORS = [
     {"simulate"},  # puts the methods side by side
 ]
 BESIDE = {  # what imports a neighbour on its own floor
+    "charts": {"plots"},
     "drawings": {"plots"},
     "files": {"wrappers"},
     "models": {"files"},

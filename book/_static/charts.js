@@ -1,0 +1,63 @@
+// A chart's still gives way to the living chart when the reader comes near it; the libraries are loaded then.
+(() => {
+  const address = new URL("vega.js", document.currentScript.src);
+  let loading;
+
+  function load() {
+    loading ??= new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.onload = resolve;
+      script.onerror = () => reject(new Error(`${address} was not loaded`));
+      script.src = address;
+      document.head.append(script);
+    });
+    return loading;
+  }
+
+  // Radio buttons under the chart's question, in a group that screen readers announce.
+  function buttons({ name, value, bind }, choose) {
+    const group = document.createElement("fieldset");
+    const legend = document.createElement("legend");
+    legend.textContent = bind.name;
+    group.append(legend);
+    for (const option of bind.options) {
+      const label = document.createElement("label");
+      const button = document.createElement("input");
+      Object.assign(button, { type: "radio", name, checked: option === value });
+      button.addEventListener("change", () => choose(option));
+      label.append(button, option);
+      group.append(label);
+    }
+    return group;
+  }
+
+  for (const chart of document.querySelectorAll(".chart")) {
+    const spec = JSON.parse(chart.querySelector("script").textContent);
+    const still = chart.querySelector("img");
+    const [choice] = spec.params;
+    let view;
+    const controls = buttons(choice, (option) => {
+      choice.value = option; // for a choice that is made before the chart lives
+      view?.signal(choice.name, option).runAsync();
+    });
+    delete choice.bind; // Vega would make buttons of its own
+    Object.assign(spec, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
+    const living = document.createElement("div");
+    living.style.minHeight = `${still.offsetHeight}px`; // the page does not move when the chart comes
+    chart.prepend(controls);
+    chart.append(living);
+
+    new IntersectionObserver(async (entries, observer) => {
+      if (!entries.some((entry) => entry.isIntersecting)) return;
+      observer.disconnect();
+      try {
+        await load();
+        ({ view } = await vegaEmbed(living, spec, { actions: false, renderer: "svg" }));
+        still.remove();
+      } catch (error) {
+        controls.remove(); // buttons that move nothing
+        throw error;
+      }
+    }, { rootMargin: "200px" }).observe(chart);
+  }
+})();

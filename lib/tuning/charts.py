@@ -1,0 +1,115 @@
+"""Charts to play with, by Altair: alive in JupyterLab, in Colab and on the book's pages, a still picture elsewhere."""
+
+import hashlib
+import math
+import numbers
+import re
+
+import altair
+import vl_convert
+
+from .plots import COLORS
+
+__all__ = ["Chart", "choose"]
+
+VEGA_LITE = "5.21"  # JupyterLab and Colab show version 5, and none that came later
+MIME_TYPE = "application/vnd.vegalite.v5+json"
+SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"  # the format's name; nothing asks for this address
+INK = "#757575"  # readable on white and on black, since a notebook's theme is not known here
+WIDTH = 430  # of what is plotted, in pixels; a page makes it as wide as its column
+
+
+class Chart:
+    """A chart to play with; each place shows what it can: the living chart, its first state as a picture, or a line.
+
+    Args:
+        drawing: an Altair chart.
+        question: what the reader can find out by playing.
+        alt: what the picture shows, for readers who do not see it.
+
+    Raises:
+        ValueError: no question, or no alternative text.
+    """
+
+    def __init__(self, drawing, question, alt):
+        if not (question or "").strip().endswith("?"):
+            raise ValueError(
+                f"a chart must answer a question, and {question!r} is none; "
+                "write one, e.g. 'Which wording makes the model name the country?'"
+            )
+        if not (alt or "").strip():
+            raise ValueError("a chart needs alternative text; let alt say what its picture shows")
+        look = drawing.properties(description=alt, background="transparent").configure_view(stroke=None)
+        look = look.configure_axis(
+            grid=False, labelColor=INK, titleColor=INK, labelFontSize=12, titleFontSize=12, titleFontWeight="normal"
+        )
+        look = look.configure_title(
+            color=INK, anchor="start", frame="bounds", fontSize=12.5, fontWeight="normal", offset=8
+        )
+        self.question, self.spec = question, look.to_dict() | {"$schema": SCHEMA}
+
+    def still(self):
+        """The chart as it is before anyone plays, as SVG."""
+        return vl_convert.vegalite_to_svg(self.spec, vl_version=VEGA_LITE)
+
+    def _repr_mimebundle_(self, include=None, exclude=None):
+        picture = self.still()
+        width, height = map(int, re.search(r'width="(\d+)" height="(\d+)"', picture).groups())
+        data = {MIME_TYPE: self.spec, "image/svg+xml": picture, "text/plain": f"A chart to play with: {self.question}"}
+        return data, {"image/svg+xml": {"width": width, "height": height}}
+
+
+def choose(rows, question, alt, scale):
+    """Bars for one of several cases, which the reader chooses by radio buttons.
+
+    Args:
+        rows: dicts with `choice` (the case that a bar belongs to), `bar` (its name), `value` and `right` (is it the
+            right one?). Cases and bars are shown in their order.
+        question: what the reader can find out by choosing; it stands above the radio buttons.
+        alt: what the picture of the first case shows, for readers who do not see it.
+        scale: what the values are, with their unit, e.g. "probability of the next word".
+
+    Returns:
+        A `Chart`, which a notebook shows.
+
+    Raises:
+        ValueError: no rows, one that lacks a key, a value that is no finite number, no question, no alternative text.
+    """
+    check_rows(rows, ("choice", "bar", "value", "right"))
+    bars, counts = [], {}
+    for row in rows:
+        counts[row["choice"]] = place = counts.get(row["choice"], 0) + 1
+        label = f"{row['bar']}: {row['value']:.3f}" + (", right answer" if row["right"] else "")
+        bar = {"choice": row["choice"], "place": place, "value": float(row["value"]), "right": bool(row["right"])}
+        bars.append(bar | {"label": label})
+    # Radio buttons of one name are one group in the whole page: each question has a name of its own.
+    name = f"choice_{hashlib.sha256(question.encode()).hexdigest()[:8]}"
+    buttons = altair.binding_radio(options=list(counts), name=question)
+    choice = altair.param(name=name, value=bars[0]["choice"], bind=buttons)
+    chosen = altair.Chart(altair.Data(values=bars)).transform_filter(altair.datum.choice == choice)
+    chosen = chosen.encode(y=altair.Y("place:O", axis=None))
+    span = altair.Scale(domain=[0, max(bar["value"] for bar in bars)], nice=True)  # the same for all cases
+    thick = chosen.mark_bar(height=12, yOffset=9).encode(
+        x=altair.X("value:Q", title=scale, scale=span, axis=altair.Axis(tickCount=5)),
+        color=altair.condition("datum.right", altair.value(COLORS[1]), altair.value(COLORS[4])),
+        description="label:N",
+    )
+    # A label stands above its bar and not beside it, so that both have the whole width of a phone.
+    words = chosen.mark_text(align="left", yOffset=-7, fontSize=13, color=INK, aria=False)
+    words = words.encode(x=altair.value(0), text="label:N")
+    drawing = altair.layer(thick, words).add_params(choice)
+    drawing = drawing.properties(width=WIDTH, height=altair.Step(36), title=altair.Title(altair.expr(name)))
+    return Chart(drawing, question, alt)
+
+
+def check_rows(rows, needed):
+    """Raise a `ValueError` unless there are rows, each with the keys `needed` and a finite `value`."""
+    if not rows:
+        raise ValueError("a chart needs data, and there are no rows; were they filtered away?")
+    for number, row in enumerate(rows):
+        missing = [key for key in needed if key not in row]
+        if missing:
+            raise ValueError(f"row {number} has no {', '.join(missing)}; each row needs {', '.join(needed)}")
+        value = row["value"]
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise ValueError(f"row {number} has the value {value!r}; drop it, or give a finite number")

@@ -1,0 +1,129 @@
+"""Charts to play with: what a notebook gets of them, and what their pictures show."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import vl_convert
+from tuning.charts import INK, MIME_TYPE, VEGA_LITE, Chart, choose
+from tuning.plots import COLORS
+
+QUESTION, ALT, SCALE = "Which city is larger?", "Two bars: Lima is the longer one.", "millions of people"
+VALUES = {"Peru": {"Lima": 10.1, "Cusco": 0.4}, "Ghana": {"Accra": 2.4, "Kumasi": 3.6, "Tema": 0.2}}
+RIGHT = {"Lima", "Kumasi"}
+ROWS = [
+    {"choice": country, "bar": city, "value": value, "right": city in RIGHT}
+    for country, cities in VALUES.items()
+    for city, value in cities.items()
+]
+
+
+def changed(number, **values):
+    """The rows, with one of them changed."""
+    return [row | values if place == number else row for place, row in enumerate(ROWS)]
+
+
+def bundle(rows=ROWS):
+    return choose(rows, QUESTION, ALT, SCALE)._repr_mimebundle_()
+
+
+def bars(picture):
+    """The (label, length in pixels, colour) of each bar of an SVG."""
+    found = re.findall(r'<path aria-label="[^"]*"[^>]*aria-roledescription="bar"[^>]*>', picture)
+    patterns = (r'aria-label="([^"]*)"', r' d="M[\d.]+,[\d.]+h([\d.]+)v', r'fill="(#\w+)"')
+    parts = [[re.search(pattern, path)[1] for pattern in patterns] for path in found]
+    return [(label, float(length), color) for label, length, color in parts]
+
+
+def test_a_notebook_gets_the_chart_its_still_and_a_line():
+    data, metadata = bundle()
+    assert list(data) == [MIME_TYPE, "image/svg+xml", "text/plain"]
+    assert MIME_TYPE == "application/vnd.vegalite.v5+json" and data[MIME_TYPE]["$schema"].endswith("/vega-lite/v5.json")
+    assert data[MIME_TYPE]["description"] == ALT and QUESTION in data["text/plain"]
+    size = metadata["image/svg+xml"]
+    assert f'width="{size["width"]}" height="{size["height"]}"' in data["image/svg+xml"]
+    json.dumps(data, allow_nan=False)
+
+
+def test_two_runs_give_the_same_bytes():
+    assert json.dumps(bundle()) == json.dumps(bundle())
+
+
+def test_values_of_numpy_become_json():
+    rows = [row | {"value": np.float32(row["value"]), "right": np.bool_(row["right"])} for row in ROWS]
+    spec = json.loads(json.dumps(bundle(rows)[0][MIME_TYPE]))
+    assert spec["data"]["values"][0]["value"] == pytest.approx(10.1) and spec["data"]["values"][0]["right"] is True
+
+
+@pytest.mark.parametrize("country", VALUES)
+def test_each_choice_shows_its_own_bars_in_their_order(country):
+    spec = bundle()[0][MIME_TYPE]
+    (choice,) = spec["params"]
+    assert choice["bind"]["options"] == list(VALUES) and choice["value"] == "Peru"
+    assert choice["bind"]["name"] == QUESTION
+    choice["value"] = country
+    picture = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    cities = VALUES[country]
+    ends = [", right answer" if city in RIGHT else "" for city in cities]
+    labels = [f"{city}: {value:.3f}{end}" for (city, value), end in zip(cities.items(), ends, strict=True)]
+    found = bars(picture)
+    assert [label for label, _, _ in found] == labels
+    assert all(f">{label}</text>" in picture for label in labels)
+    assert f">{country}</text>" in picture and f">{SCALE}</text>" in picture
+    scale = bars(bundle()[0]["image/svg+xml"])[0][1] / VALUES["Peru"]["Lima"]  # pixels of 1, the same for all choices
+    assert [length for _, length, _ in found] == pytest.approx([scale * value for value in cities.values()], abs=0.1)
+    assert len({color for label, _, color in found if label.endswith("right answer")}) == 1
+    assert len({color for _, _, color in found}) == 2
+
+
+def test_two_charts_on_a_page_are_two_groups_of_buttons():
+    names = [choose(ROWS, question, ALT, SCALE).spec["params"][0]["name"] for question in (QUESTION, "Which is older?")]
+    assert len(set(names)) == 2 and all(name.isidentifier() for name in names)
+
+
+def luminance(color):
+    """Relative luminance of a colour such as "#0072B2", from 0 to 1 (WCAG 2.1)."""
+    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#14181e"])
+def test_all_colours_stand_out_from_a_light_and_a_dark_page(background):
+    """By 3 to 1, WCAG's bound for graphics and large letters; on the book's pages words get the theme's own colour."""
+    data, _ = bundle()
+    assert data[MIME_TYPE]["background"] == "transparent"
+    used = {color for _, _, color in bars(data["image/svg+xml"])} | {INK}
+    assert used > {COLORS[1]}
+    for color in used:
+        lighter, darker = sorted((luminance(color), luminance(background)), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 3, color
+
+
+@pytest.mark.parametrize(
+    ("rows", "question", "alt", "message"),
+    [
+        ([], QUESTION, ALT, "there are no rows"),
+        (changed(1, value=math.nan), QUESTION, ALT, "row 1 has the value nan; drop it, or give a finite number"),
+        (changed(0, value=math.inf), QUESTION, ALT, "row 0 has the value inf"),
+        (changed(2, value=None), QUESTION, ALT, "row 2 has the value None"),
+        (changed(2, value="3"), QUESTION, ALT, "row 2 has the value '3'"),
+        ([{"choice": "Peru", "value": 1}], QUESTION, ALT, "row 0 has no bar, right; each row needs choice, bar"),
+        (ROWS, "", ALT, "must answer a question"),
+        (ROWS, "Cities.", ALT, "'Cities.' is none; write one"),
+        (ROWS, QUESTION, " ", "needs alternative text; let alt say"),
+        (ROWS, QUESTION, None, "needs alternative text"),
+    ],
+)
+def test_a_chart_that_cannot_be_read_is_refused(rows, question, alt, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose(rows, question, alt, SCALE)
+
+
+def test_any_altair_chart_can_be_shown():
+    altair = pytest.importorskip("altair")
+    drawing = altair.Chart(altair.Data(values=[{"rank": 1}])).mark_point().encode(x="rank:Q")
+    data, _ = Chart(drawing, QUESTION, ALT)._repr_mimebundle_()
+    assert data[MIME_TYPE]["mark"] == {"type": "point"} and "<svg" in data["image/svg+xml"]
