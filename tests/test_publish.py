@@ -18,7 +18,7 @@ COLAB = "a[href*='colab.research.google.com']"
 
 def copy_of_the_book(folder, *notebooks):
     """What a build needs, with these notebooks (paths without ending) alone."""
-    for name in ("_config.yml", "book/_static", "lib/pages", "lib/tuning/corpora/README.md"):
+    for name in ("_config.yml", "book/_static", "lib/pages", "book/glossary.md"):
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, place)
@@ -71,7 +71,7 @@ def test_publish_says_where_a_line_of_the_configuration_is_missing(tmp_path):
 def test_a_published_book_shows_button_and_address(tmp_path):
     root = copy_of_the_book(tmp_path, CHAPTER)
     publish.publish("ada/tuning", "v2.0.0", root=root)
-    (root / "_toc.yml").write_text(f"format: jb-book\nroot: {CHAPTER}\n")
+    (root / "_toc.yml").write_text(f"format: jb-book\nroot: {CHAPTER}\nchapters:\n- file: book/glossary\n")
     book = nbformat.read(root / f"{CHAPTER}.ipynb", as_version=4)
     book.cells = [cell for cell in book.cells if cell.cell_type == "code"]  # its links lead to pages that are not here
     text = "# A chapter\n\nA sentence of fifty letters or more says what the chapter is about."

@@ -82,7 +82,7 @@ def test_pictures_keep_their_place_and_come_late(pages, browser, address):
         box = image.bounding_box()
         image.scroll_into_view_if_needed()
         visit.page.wait_for_function("image => image.complete && image.naturalWidth > 0", arg=image.element_handle())
-        assert image.bounding_box()["height"] == box["height"]
+        assert abs(image.bounding_box()["height"] - box["height"]) < 1  # sizes are written in whole pixels
 
 
 HEAD = """<head><script data-cfasync="false">theme()</script>
