@@ -372,10 +372,6 @@ class CompressedFiles(http.server.SimpleHTTPRequestHandler):
     @functools.cache
     def content(path, coding):
         data = Path(path).read_bytes()
-        if coding == "br":
-            import brotli
-
-            return brotli.compress(data, quality=5)
         return gzip.compress(data, 6) if coding == "gzip" else data
 
     def do_GET(self):
@@ -384,7 +380,7 @@ class CompressedFiles(http.server.SimpleHTTPRequestHandler):
             return self.send_error(404)
         kind, accepted = self.guess_type(path), self.headers.get("Accept-Encoding", "")
         text = kind.startswith("text/") or kind.endswith(("javascript", "json", "svg+xml"))
-        coding = next((name for name in ("br", "gzip") if text and name in accepted), None)
+        coding = "gzip" if text and "gzip" in accepted else None
         data = self.content(path, coding)
         self.send_response(200)
         for name, value in {
