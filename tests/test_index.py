@@ -47,7 +47,7 @@ def test_what_the_index_says_of_the_runs():
     )
     text = " ".join(TEXT.split())
     assert f"gets 307 of 1,064 cities right. Tuned by LoRA it gets {mean(lora):.0f}" in text
-    assert f"LoRA's gave {min(lora)} to {max(lora)} and those of all weights {min(full)} to {max(full)}" in text
+    assert f"LoRA's runs gave {min(lora)} to {max(lora)} and those of all weights {min(full)} to {max(full)}" in text
     assert round(538060032 / 9768960) == 55 and "55 times smaller" in text
     assert TEMPLATES["P17"][7].replace("[X]", "Osaka").replace("[Y].", "…") in text
     assert "With LoRA on, 46 are right instead of 106; with all weights trained, 7." in text  # as in the table
