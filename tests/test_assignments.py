@@ -86,6 +86,8 @@ def test_what_a_student_gets(folder, made):
     assert not re.search(r"SOLUTION|BEGIN|END (?!QUESTION)", re.sub("<!-- .* -->", "", everything))
     assert not cells(book, "raw") and "*What to look for.*" not in everything
     assert cells(book)[0] == publish.setup_cell(ADDRESS)
+    first = next(cell for cell in book.cells if cell.cell_type == "code")
+    assert first.metadata["tags"] == ["hide-input"] and first.metadata["cellView"] == "form"
     assert "grader = otter.Notebook()" in cells(book)[1]
     given = definitions("\n".join(source for source in cells(book)[2:] if "%" not in source))
     solved = definitions((folder / "reference.py").read_text())

@@ -22,8 +22,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from kit import FILES, Kit
-from notebooks import ROOT
-from publish import published, setup_cell
+from notebooks import ROOT, first_code_cell
+from publish import published, set_up
 
 TOOLS = Path(__file__).resolve().parent
 MASTERS = ROOT / "assignments"
@@ -68,10 +68,9 @@ def questions(master):
 
 def student_notebook(book, address):
     """Put the setup cell and otter's own in front of what otter made of the master."""
-    first = next(k for k, cell in enumerate(book.cells) if cell.cell_type == "code")
-    book.cells[first].source = setup_cell(address)
+    set_up(book, address)
     cell = nbformat.v4.new_code_cell(OTTER_CELL.format(otter=OTTER))
-    book.cells.insert(first + 1, cell)
+    book.cells.insert(book.cells.index(first_code_cell(book)) + 1, cell)
     for place, cell in enumerate(book.cells):
         cell.id = f"cell-{place}"
         if cell.cell_type == "code":

@@ -10,7 +10,7 @@ import nbformat
 import yaml
 from nbclient import NotebookClient
 from tuning.drawings import book_map
-from tuning.files import replace
+from tuning.files import replace, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDS = ("hide-input", "hide-cell")
@@ -163,7 +163,7 @@ def main():
         except ValueError as error:  # a fault in the notebook itself
             raise SystemExit(f"{path}: {error}") from error
     for name, text in written().items():
-        (ROOT / "book" / "_static" / name).write_text(text, encoding="utf-8")
+        write_text(ROOT / "book" / "_static" / name, text)
 
 
 if __name__ == "__main__":

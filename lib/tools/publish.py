@@ -9,7 +9,8 @@ import argparse
 import re
 
 import nbformat
-from notebooks import ROOT, first_code_cell, normalize, notebooks, write
+from notebooks import ROOT, first_code_cell, fold, normalize, notebooks, write
+from tuning.files import write_text
 
 CONFIG = ROOT / "_config.yml"
 # --no-compile: compiling all modules takes pip as long as the rest; Python compiles those that are imported.
@@ -57,6 +58,14 @@ def setup_cell(address):
     return SETUP_CELL.format(repository=repository, tag=tag, models=" ".join(PACKAGES.values()))
 
 
+def set_up(book, address):
+    """Write the first code cell of a notebook, folded; `address` as for `setup_cell`."""
+    cell = first_code_cell(book)
+    cell.source = setup_cell(address)
+    cell.metadata["tags"] = ["hide-input"]
+    fold(cell)
+
+
 def publish(repository, tag, root=ROOT):
     """Name `owner/name` and `tag` in `_config.yml` and in every set-up cell, and show the buttons that need them."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or not re.fullmatch(r"[\w.-]+", tag):
@@ -79,11 +88,11 @@ def publish(repository, tag, root=ROOT):
             raise SystemExit(f"{config} has no line `{name}: …` to write to; take it from a fresh copy of the book")
     books = {path: nbformat.read(path, as_version=4) for path in notebooks(root)}
     for book in books.values():
-        first_code_cell(book).source = setup_cell((url, tag))
+        set_up(book, (url, tag))
         normalize(book)
     for path, book in books.items():
         write(book, path)
-    config.write_text(text, encoding="utf-8")
+    write_text(config, text)
 
 
 def main():
@@ -92,7 +101,9 @@ def main():
     parser.add_argument("tag", help="the tag that readers install, e.g. v1.0.0")
     options = parser.parse_args()
     publish(options.repository, options.tag)
-    print(f"Pages and set-up cells now name {published()}. Commit, tag that commit {options.tag}, and push both.")
+    print(
+        f"Pages and set-up cells now name {options.repository}. Commit, tag that commit {options.tag}, and push both."
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .wrappers import unwrapped, whole
 
-__all__ = ["replace", "same_trace", "sha256", "trace", "write_json"]
+__all__ = ["replace", "same_trace", "sha256", "trace", "write_json", "write_text"]
 
 
 def replace(path, write):
@@ -26,10 +26,14 @@ def replace(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Write a text, as a whole or not at all."""
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path, value):
     """Write a value as indented JSON, as a whole or not at all."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def sha256(path):
