@@ -11,7 +11,7 @@ FLOORS = [
     {"charts", "checks", "data", "drawings", "files", "models", "plots", "records", "runs", "targets", "wrappers"},
     {"chat", "evaluate", "memory", "nf4", "prompts", "training"},  # what methods share
     {"adapter_files", "four_bit_files", "lomo", "lora", "nf4_kernel", "p_tuning", "preferences", "qlora"},  # methods
-    {"simulate"},  # puts the methods side by side
+    {"methods", "simulate"},  # put the methods side by side
 ]
 BESIDE = {  # what imports a neighbour on its own floor
     "charts": {"plots"},

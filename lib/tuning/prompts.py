@@ -245,25 +245,40 @@ def forward_at_answer(model, tokenizer, prompts, prefix=None, vectors=None):
     prompt's first real token; masked prompts are padded on the right. `prefix` is what `_read_shared_prefix` made.
     A negative id -1 - i stands for `vectors[i]`.
     """
-    causal = tokenizer.mask_token is None
-    cache, skip = prefix or (None, 0)
-    rows = [torch.tensor(prompt[skip:]) for prompt in prompts]
-    side = "left" if causal else "right"
-    pad = torch.nn.utils.rnn.pad_sequence
-    mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side).to(model.device)
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side=side).to(model.device)
+    if tokenizer.mask_token is None:
+        return forward_at_end(model, tokenizer, prompts, 1, prefix, vectors)[:, -1]
+    ids, mask = _padded(model, tokenizer, prompts, "right")
     inputs = inputs_with_vectors(model, ids, vectors)
-    if not causal:
-        answer = (ids == tokenizer.mask_token_id).int().argmax(dim=1)
-        return model(**inputs, attention_mask=mask).logits[torch.arange(len(ids), device=ids.device), answer]
+    answer = (ids == tokenizer.mask_token_id).int().argmax(dim=1)
+    return model(**inputs, attention_mask=mask).logits[torch.arange(len(ids), device=ids.device), answer]
+
+
+def forward_at_end(model, tokenizer, prompts, places, prefix=None, vectors=None):
+    """A causal model's logits after the last `places` tokens of each prompt, (len(prompts), places, vocab).
+
+    The other arguments are those of `forward_at_answer`.
+    """
+    cache, skip = prefix or (None, 0)
+    ids, mask = _padded(model, tokenizer, [prompt[skip:] for prompt in prompts], "left")
+    inputs = inputs_with_vectors(model, ids, vectors)
     if cache is not None:
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(ids))
         mask = torch.cat([mask.new_ones(len(ids), skip), mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, skip:]
-    options = {"position_ids": positions, "logits_to_keep": 1, "past_key_values": cache, "use_cache": cache is not None}
+    options = {"position_ids": positions, "logits_to_keep": places, "past_key_values": cache}
+    options |= {"use_cache": cache is not None}
     options = {name: value for name, value in options.items() if _takes(model, name)}
-    return model(**inputs, attention_mask=mask, **options).logits[:, -1]
+    return model(**inputs, attention_mask=mask, **options).logits[:, -places:]
+
+
+def _padded(model, tokenizer, prompts, side):
+    """Lists of ids as `(ids, mask)`, (len(prompts), longest) each, on the model's device."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id, padding_side=side)
+    return ids.to(model.device), mask.to(model.device)
 
 
 def embeddings_of(model, tokens=None):

@@ -1,0 +1,252 @@
+"""Every method of the book by its name, for one kind of task: after a prompt, give the answer.
+
+The book's ledger is recorded with it, and a reader's own examples are trained by it:
+
+    ready = prepare("LoRA", model, tokenizer, "The city of [X] is in the country of [Y].")
+    tuned = fit(ready, rows["train"], rows["dev"], lr=1e-3, steps=150)
+    right(ready, rows["test"])
+
+A row is (subject, answer's token ids). An answer of several tokens is right if the model, decoding greedily, begins
+with all of them.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm.auto import tqdm
+
+from .lomo import AdaLomo, FusedOptimizer, Lomo
+from .lora import add_lora
+from .p_tuning import PromptEncoder, PromptVectors, encode_pseudo, soften
+from .prompts import check_prompts, embeddings_of, encode, evaluating, forward_at_end
+from .qlora import quantize_model
+from .training import batch_rows, rate_factor, take_step
+
+__all__ = ["METHODS", "fit", "prepare", "right"]
+
+BARE = "[P][P][P] [X][P][P][P] [Y]."  # the paper's (3,3,0): nothing but the subject and pseudo tokens
+BATCH, EVERY = 16, 30
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method that trains: the chapter that builds it, and the rates that its sweep on dev begins with."""
+
+    chapter: int
+    rates: tuple
+
+
+METHODS = {
+    "prompt tuning": Method(3, (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 1.0)),
+    "prompt tuning, from the prompt": Method(3, (1e-4, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)),
+    "P-tuning, BiLSTM": Method(4, (1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 3e-2)),
+    "P-tuning, MLP": Method(4, (1e-6, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "P-tuning beside the prompt": Method(4, (1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 3e-2)),
+    "P-tuning, from the prompt": Method(4, (1e-6, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "all weights": Method(5, (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)),
+    "LoRA": Method(6, (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "QLoRA": Method(10, (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+    "LOMO": Method(12, (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
+    "AdaLomo": Method(12, (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+}
+FUSED = {"LOMO": Lomo, "AdaLomo": AdaLomo}
+
+
+@dataclass
+class Ready:
+    """A model that a method has made ready, in place.
+
+    Attributes:
+        template: what is asked, with `[P]` slots if there is an encoder.
+        encoder: makes the vectors for these slots; None where a method has no vectors.
+        trained: the module whose parameters are trained.
+    """
+
+    method: str
+    model: nn.Module
+    tokenizer: object
+    template: str
+    encoder: nn.Module | None = None
+    trained: nn.Module = field(default=None, repr=False)
+
+    def vectors(self):
+        """(length, hidden), or None."""
+        return None if self.encoder is None else self.encoder()
+
+    def weights(self):
+        """What is trained, a list of parameters."""
+        return [weight for weight in self.trained.parameters() if weight.requires_grad]
+
+    def kept(self):
+        """How many numbers are kept for the task: of a prompt its vectors alone, not the networks that made them."""
+        with torch.no_grad():
+            tensors = self.weights() if self.encoder is None else [self.vectors()]
+        return sum(tensor.numel() for tensor in tensors)
+
+
+def prepare(method, model, tokenizer, template, seed=0, rank=8, alpha=16):
+    """Make a causal model ready for a method of `METHODS`, in place.
+
+    Args:
+        template: a handcrafted prompt. "prompt tuning" and "P-tuning, BiLSTM" and "MLP" do without its words; "beside
+            the prompt" keeps them and puts three vectors in front of it and three before the answer; "from the prompt"
+            begins at them; the others use it as it is.
+        seed: of what is drawn at the beginning.
+        rank, alpha: of adapters, beside all linear layers.
+
+    Raises:
+        ValueError: an unknown method, a masked model, or a template whose slots are wrong.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    if tokenizer.mask_token is not None:
+        raise ValueError("a masked model cannot write an answer of several tokens; load a causal one, as load_lm does")
+    encode(tokenizer, template, "a")  # refuses wrong slots
+    torch.manual_seed(seed)
+    model.requires_grad_(method == "all weights" or method in FUSED).eval()
+    if "tuning" in method:
+        template, encoder = prompt_encoder(method, model, tokenizer, template)
+        return Ready(method, model, tokenizer, template, encoder.to(model.device), encoder)
+    if method == "QLoRA":
+        quantize_model(model)
+    if "LoRA" in method:
+        add_lora(model, "all-linear", rank=rank, alpha=alpha)
+    return Ready(method, model, tokenizer, template, trained=model)
+
+
+def prompt_encoder(method, model, tokenizer, template):
+    """A template with `[P]` slots, and the module that makes their vectors."""
+    embeddings = embeddings_of(model).float()
+    size = embeddings.shape[1]
+    if method == "prompt tuning":
+        return BARE, PromptVectors(embeddings[torch.randint(len(embeddings), (6,))])
+    if method == "P-tuning beside the prompt":
+        before, after = template.split(" [Y]")
+        return f"[P][P][P] {before}[P][P][P] [Y]{after}", PromptEncoder(6, size)
+    if "from the prompt" in method:
+        template, start = soften(model, tokenizer, template)
+        vectors = method.startswith("prompt")
+        return template, PromptVectors(start) if vectors else PromptEncoder(*start.shape, start)
+    return BARE, PromptEncoder(6, size, lstm_layers=2 if "BiLSTM" in method else 0)
+
+
+def prompts_and_answers(ready, rows):
+    """`(prompts, answers)` as token ids; a prompt has all but the last token of its answer behind it."""
+    encode_row = encode if ready.encoder is None else encode_pseudo
+    prompts = [encode_row(ready.tokenizer, ready.template, subject) + answer[:-1] for subject, answer in rows]
+    return prompts, [answer for _, answer in rows]
+
+
+def answer_logits_and_labels(ready, rows):
+    """Logits at the answers' tokens (rows, longest answer, vocab), and these tokens; -100 in front of short answers."""
+    prompts, answers = prompts_and_answers(ready, rows)
+    vectors = ready.vectors()
+    check_prompts(ready.model, ready.tokenizer, prompts, vectors)
+    places = max(map(len, answers))
+    logits = forward_at_end(ready.model, ready.tokenizer, prompts, places, vectors=vectors).float()
+    labels = torch.tensor([[-100] * (places - len(answer)) + answer for answer in answers])
+    return logits, labels.to(logits.device)
+
+
+def loss_of(ready, rows):
+    """The mean over answers' tokens of -log p."""
+    logits, labels = answer_logits_and_labels(ready, rows)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@torch.no_grad()
+def right(ready, rows, batch_size=32):
+    """(len(rows),) bool: would greedy decoding begin with the answer?"""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))  # like lengths waste little on padding
+    found = torch.empty(len(rows), dtype=torch.bool)
+    with evaluating(ready.model), evaluating(ready.trained):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            logits, labels = answer_logits_and_labels(ready, [rows[index] for index in chosen])
+            found[chosen] = ((logits.argmax(-1) == labels) | (labels < 0)).all(dim=1).cpu()
+    return found
+
+
+@dataclass
+class Fit:
+    """How a training went: losses of its steps, (step, share of dev right) pairs, the best of them, why it stopped."""
+
+    losses: list = field(default_factory=list)
+    scores: list = field(default_factory=list)
+    step: int = 0
+    dev: float | None = None
+    stopped: str | None = None
+    seconds: float = 0.0
+
+
+def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, progress=False):
+    """Train what is ready, and leave it in the state that had most of dev right.
+
+    AdamW (fused, without decay) with the gradient's norm clipped to 1, but LOMO and AdaLomo, which update inside
+    backward and do not clip. The rate goes up over a tenth of the steps and then straight down. The state before the
+    first step competes too. A gradient that is not finite ends the training.
+
+    Args:
+        train, dev: lists of (subject, answer's token ids); with dev None the last state is kept.
+        lr: the highest rate; every: steps between two looks at dev.
+    """
+    if len(train) < batch_size:
+        raise ValueError(f"{len(train)} rows are fewer than one batch of {batch_size}; give more, or a smaller batch")
+    found, best = Fit(), None
+    weights = ready.weights()
+    optimizer, take = stepper(ready, lr, steps)
+    start = time.perf_counter()
+    try:
+        for step in tqdm(range(steps + 1), disable=not progress):
+            if dev and (step % every == 0 or step == steps):
+                score = right(ready, dev).double().mean().item()
+                found.scores.append([step, score])
+                if found.dev is None or score > found.dev:
+                    found.step, found.dev = step, score
+                    best = [weight.detach().clone() for weight in weights]
+            if step == steps:
+                break
+            chosen = batch_rows(step, len(train), batch_size, seed)
+            ready.trained.train()
+            loss = loss_of(ready, [train[index] for index in chosen])
+            take(loss)
+            found.losses.append(loss.item())
+    except FloatingPointError as error:
+        found.stopped = str(error)
+    finally:
+        ready.trained.eval()
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer.detach()
+        if best is not None:
+            with torch.no_grad():
+                for weight, value in zip(weights, best, strict=True):
+                    weight.copy_(value)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def stepper(ready, lr, steps):
+    """The optimizer, and a function from a loss to one update."""
+    if ready.method in FUSED:
+        optimizer = FUSED[ready.method](ready.model, lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+
+        def take(loss):
+            optimizer.backward(loss)
+            schedule.step()
+
+        return optimizer, take
+    weights = ready.weights()
+    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+
+    def take_checked(loss):
+        norm = take_step(weights, optimizer, schedule, loss)
+        if not (math.isfinite(loss.item()) and norm.isfinite()):
+            raise FloatingPointError(f"the loss is {loss.item():g} and the gradient's norm {norm:g}; lower the rate")
+
+    return optimizer, take_checked
