@@ -12,6 +12,7 @@ FLOORS = [
     {"chat", "evaluate", "memory", "nf4", "prompts", "training"},  # what methods share
     {"adapter_files", "four_bit_files", "lomo", "lora", "nf4_kernel", "p_tuning", "preferences", "qlora"},  # methods
     {"methods", "simulate"},  # put the methods side by side
+    {"yours"},
 ]
 BESIDE = {  # what imports a neighbour on its own floor
     "charts": {"plots"},

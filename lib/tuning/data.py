@@ -6,12 +6,22 @@ in `corpora/README.md` beside them.
 
 import itertools
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-__all__ = ["RELATIONS", "TEMPLATES", "load_facts", "load_lama", "load_reviews", "load_superglue", "load_wic"]
+__all__ = [
+    "RELATIONS",
+    "TEMPLATES",
+    "load_facts",
+    "load_lama",
+    "load_mine",
+    "load_reviews",
+    "load_superglue",
+    "load_wic",
+]
 
 CORPORA = Path(__file__).parent / "corpora"
 FOLDS = 3  # the facts' `part` runs from 0 to 5: a fold tests on two parts, chooses on one and trains on three
@@ -186,6 +196,101 @@ def load_superglue(task, source=None):
     return DatasetDict({s: Dataset.from_list([number(r) for r in d]) if labelled[s] else d for s, d in data.items()})
 
 
+MINE = {"facts": ("subject", "answer"), "chats": ("question", "reply")}  # what a line of a reader's own file holds
+FEWEST, MOST = 20, 10_000  # lines
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A reader's own examples.
+
+    Attributes:
+        kind: "facts", subjects and answers for a template; or "chats", questions and replies.
+        splits: {"train", "dev", "test": a list of (subject, answer) or (question, reply) texts}.
+        said: what was found in the file, in a few lines.
+    """
+
+    kind: str
+    splits: dict
+    said: str
+
+
+def load_mine(path, seed=0):
+    """A reader's own examples: JSONL whose lines hold `subject` and `answer`, or `question` and `reply`.
+
+    Three fifths of the subjects are to train on, a fifth to choose on (200 at most) and a fifth to test on (1,000 at
+    most), drawn by the seed. All lines of one subject go to the same split. A line that stands there twice counts once.
+
+    Args:
+        path: a file of 20 to 10,000 different lines, UTF-8.
+
+    Returns:
+        `Mine`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is not JSON, is of neither kind or of the other kind than the first line, or holds an
+            empty text or none (the message names file and line); too few or too many lines.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give a JSONL file of your own, one example a line")
+    kind, pairs, again = None, {}, 0
+    for number, row in numbered_rows(path, ()):
+        kind = kind or next((one for one, keys in MINE.items() if all(key in row for key in keys)), None)
+        pair = _my_pair(f"{path}, line {number}", row, kind)
+        again += pair in pairs
+        pairs[pair] = number
+    if not FEWEST <= len(pairs) <= MOST:
+        advice = "collect more" if len(pairs) < FEWEST else "draw a sample of them, or use recipes/tune.py's libraries"
+        raise ValueError(
+            f"{path} has {len(pairs)} different examples; {FEWEST} to {MOST:,} can be used. Please {advice}"
+        )
+    subjects = {}
+    for pair in pairs:
+        subjects.setdefault(pair[0], []).append(pair)
+    order = sorted(subjects)
+    random.Random(seed).shuffle(order)
+    dev, test = min(len(order) // 5, 200), min(len(order) // 5, 1000)
+    if not dev:
+        name = MINE[kind][0]
+        raise ValueError(f"{path} has only {len(order)} different {name}s; five at least are needed, to test on others")
+    parts = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}
+    splits = {split: [pair for one in parts[split] for pair in subjects[one]] for split in ("train", "dev", "test")}
+    return Mine(kind, splits, _said(path, kind, splits, subjects, again))
+
+
+def _my_pair(place, row, kind):
+    """The two texts of a line, without spaces around them."""
+    keys = MINE.get(kind)
+    if keys is None or any(key not in row for key in keys):
+        wanted = " or ".join(" and ".join(map(repr, one)) for one in ([keys] if keys else MINE.values()))
+        raise ValueError(
+            f"{place} has {', '.join(map(repr, row)) or 'nothing'}; expected {wanted}, in every line alike"
+        )
+    for key in keys:
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise ValueError(f"{place} has {row[key]!r} as its {key}; expected a text that is not empty, in quotes")
+    return tuple(row[key].strip() for key in keys)
+
+
+def _said(path, kind, splits, subjects, again):
+    """What `load_mine` found, in a few lines."""
+    subject, answer = MINE[kind]
+    sizes = {split: len(rows) for split, rows in splits.items()}
+    lines = [
+        f"{path.name}: {sum(sizes.values())} examples, each a {subject} with its {answer}.",
+        "{train} to train on, {dev} to choose on, {test} to test on.".format(**sizes),
+    ]
+    several = [one for one, pairs in subjects.items() if len(pairs) > 1]
+    if several:
+        more = f", {several[0]!r} for one" if len(several) == 1 else f", {several[0]!r} among them"
+        lines.append(f"{len(several)} of the {subject}s have more than one {answer}{more}; these stay together.")
+    if again:
+        lines.append(f"Left out, since they stand there already: {again}.")
+    return "\n".join(lines)
+
+
 def _load_task(source, shipped, configuration, needed):
     if source is None:
         return _load_splits(CORPORA / shipped, {"train": "train", "dev": "dev", "test": "test"}, (*needed, "label"))
@@ -218,7 +323,12 @@ def read_jsonl(path, needed):
         ValueError: no rows, or a line that is not UTF-8 or no JSON object with these keys; the message names file and
             line.
     """
-    rows = []
+    return [row for _, row in numbered_rows(path, needed)]
+
+
+def numbered_rows(path, needed):
+    """`read_jsonl`, as a list of (line number, row)."""
+    rows, expected = [], f" with {', '.join(needed)}" if needed else ""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -229,15 +339,16 @@ def read_jsonl(path, needed):
                 continue
             try:
                 row = json.loads(text)
-                missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
+                missing = [key for key in needed if not isinstance(row, dict) or key not in row]
                 fault = f"has no {', '.join(missing)}" if missing else None
+                fault = fault or (None if isinstance(row, dict) else "holds no object")
             except json.JSONDecodeError as error:
                 fault = f"is not JSON: {error}"
             if fault:
-                raise ValueError(f"{path}, line {number} {fault}; expected an object with {', '.join(needed)}")
-            rows.append(row)
+                raise ValueError(f"{path}, line {number} {fault}; expected an object{expected}")
+            rows.append((number, row))
     if not rows:
-        raise ValueError(f"{path} holds no rows; expected one JSON object a line, with {', '.join(needed)}")
+        raise ValueError(f"{path} holds no rows; expected one JSON object a line{expected and ',' + expected}")
     return rows
 
 

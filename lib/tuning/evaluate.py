@@ -5,16 +5,18 @@ Everything here takes what a model gave, or a model as transformers has it; no m
 
 import math
 import random
+from contextlib import suppress
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from .data import load_facts
-from .prompts import answer_id, evaluating
+from .data import load_facts, load_wic
+from .prompts import answer_id, answer_logits, encode, evaluating
 
-__all__ = ["bootstrap_interval", "hits_at_1", "paired_interval"]
+__all__ = ["bootstrap_interval", "hits_at_1", "ledger", "paired_interval"]
 
 
 def hits_at_1(logits, answer_ids, candidates=None):
@@ -179,3 +181,83 @@ def balanced(rows, count, seed):
     drawn = halves[0] + halves[1]
     generator.shuffle(drawn)
     return drawn
+
+
+UNTOUCHED = ("P30", "[X] is located in the continent of [Y].")  # what no page trains on
+
+
+def elsewhere(model, tokenizer, limit=None):
+    """What a model does where nobody trained it: which continents of countries are right, and perplexity of sentences.
+
+    Returns:
+        {"continents": (n,) bool, "perplexity": a float}.
+
+    Countries are left out whose continent is more than one token of this tokenizer. The sentences are those of the
+    word-in-context pairs; a masked model has no perplexity.
+    """
+    relation, template = UNTOUCHED
+    facts = []
+    for rows in load_facts(relation).values():
+        for row in rows:
+            with suppress(ValueError):
+                facts.append((row["sub_label"], answer_id(tokenizer, row["obj_label"])))
+    hits = torch.zeros(0, dtype=torch.bool)
+    if facts := facts[:limit]:
+        prompts = [encode(tokenizer, template, subject) for subject, _ in facts]
+        hits = share_right(answer_logits(model, tokenizer, prompts), facts)
+    sentences = [row["sentence1"] for row in load_wic()["test"]][: min(100, limit or 100)]
+    return {"continents": hits, "perplexity": perplexity(model, tokenizer, sentences)}
+
+
+def in_bytes(count):
+    """A number of bytes with its unit, powers of ten: "38 B", "13.8 KB", "9.8 MB", "538 MB"."""
+    if count is None:
+        return ""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+
+
+COLUMNS = {  # of the ledger: what a row says, as text
+    "right": lambda row: "{:.0f} ({:.0f} to {:.0f})".format(*row["right"]),
+    "over asking": lambda row: (
+        "" if row["method"] == "asked" else "{:+.0f} ({:+.0f} to {:+.0f})".format(*row["over asking"])
+    ),
+    "continents": lambda row: f"{row['continents']:.0f}" if "continents" in row else "",
+    "perplexity": lambda row: f"{row['perplexity']:.0f}" if "perplexity" in row else "",
+    "kept a task": lambda row: in_bytes(row["kept_bytes"]),
+    "trained": lambda row: f"{row['trained']:,}" if row.get("trained") else "",
+    "rate": lambda row: f"{row['lr']:g}" if row.get("lr") else "",
+    "minutes": lambda row: f"{row['seconds'] / 60:.1f}" if row.get("seconds") else "",
+    "memory": lambda row: in_bytes(row.get("peak_bytes")),
+}
+SHOWN = ("right", "continents", "kept a task", "trained", "minutes", "memory")
+
+
+def ledger(rows, chapter=None, columns=SHOWN, mine=None):
+    """The book's ledger as a table: a row for each method that the reader has met.
+
+    Args:
+        rows: dicts as `experiments.ledger` records them, its piece "rows".
+        chapter: rows of later chapters are left out; None shows all.
+        columns: names from `COLUMNS`, six at most.
+        mine: a row of the reader's own, to stand last.
+
+    Returns:
+        A pandas `DataFrame` of texts with the methods as index.
+
+    Raises:
+        ValueError: an unknown column, or more than six; no row is left.
+    """
+    unknown = [column for column in columns if column not in COLUMNS]
+    if unknown:
+        raise ValueError(f"unknown column {unknown[0]!r}; choose from {', '.join(COLUMNS)}")
+    if len(columns) > 6:
+        raise ValueError(f"{len(columns)} columns do not fit a page; choose six at most")
+    met = [row for row in rows if chapter is None or row["chapter"] <= chapter]
+    met += [mine] if mine else []
+    if not met:
+        raise ValueError(f"no row of the ledger is met by chapter {chapter}")
+    table = {row["method"]: {column: COLUMNS[column](row) for column in columns} for row in met}
+    return pd.DataFrame(table).T

@@ -26,7 +26,7 @@ from .prompts import check_prompts, embeddings_of, encode, evaluating, forward_a
 from .qlora import quantize_model
 from .training import batch_rows, rate_factor, take_step
 
-__all__ = ["METHODS", "fit", "prepare", "right"]
+__all__ = ["METHODS", "fit", "prepare", "right", "says"]
 
 BARE = "[P][P][P] [X][P][P][P] [Y]."  # the paper's (3,3,0): nothing but the subject and pseudo tokens
 BATCH, EVERY = 16, 30
@@ -41,7 +41,7 @@ class Method:
 
 
 METHODS = {
-    "prompt tuning": Method(3, (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 1.0)),
+    "prompt tuning": Method(3, (1e-4, 1e-2, 1e-1, 3e-1, 1.0, 3.0, 30.0)),
     "prompt tuning, from the prompt": Method(3, (1e-4, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)),
     "P-tuning, BiLSTM": Method(4, (1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 3e-2)),
     "P-tuning, MLP": Method(4, (1e-6, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
@@ -134,16 +134,16 @@ def prompt_encoder(method, model, tokenizer, template):
     return BARE, PromptEncoder(6, size, lstm_layers=2 if "BiLSTM" in method else 0)
 
 
-def prompts_and_answers(ready, rows):
-    """`(prompts, answers)` as token ids; a prompt has all but the last token of its answer behind it."""
+def prompts_of(ready, subjects):
+    """The token ids of what is asked of each subject."""
     encode_row = encode if ready.encoder is None else encode_pseudo
-    prompts = [encode_row(ready.tokenizer, ready.template, subject) + answer[:-1] for subject, answer in rows]
-    return prompts, [answer for _, answer in rows]
+    return [encode_row(ready.tokenizer, ready.template, subject) for subject in subjects]
 
 
 def answer_logits_and_labels(ready, rows):
     """Logits at the answers' tokens (rows, longest answer, vocab), and these tokens; -100 in front of short answers."""
-    prompts, answers = prompts_and_answers(ready, rows)
+    subjects, answers = zip(*rows, strict=True)
+    prompts = [ids + answer[:-1] for ids, answer in zip(prompts_of(ready, subjects), answers, strict=True)]
     vectors = ready.vectors()
     check_prompts(ready.model, ready.tokenizer, prompts, vectors)
     places = max(map(len, answers))
@@ -171,6 +171,23 @@ def right(ready, rows, batch_size=32):
     return found
 
 
+@torch.no_grad()
+def says(ready, subjects, length):
+    """What greedy decoding writes for each subject: a list of texts of `length` tokens, or less where they end."""
+    asked = prompts_of(ready, subjects)
+    written = [[] for _ in asked]
+    with evaluating(ready.model), evaluating(ready.trained):
+        vectors = ready.vectors()
+        for _ in range(length):
+            prompts = [ids + new for ids, new in zip(asked, written, strict=True)]
+            check_prompts(ready.model, ready.tokenizer, prompts, vectors)
+            logits = forward_at_end(ready.model, ready.tokenizer, prompts, 1, vectors=vectors)[:, -1]
+            for new, token in zip(written, logits.argmax(-1).tolist(), strict=True):
+                new.append(token)
+    end = ready.tokenizer.eos_token_id
+    return [ready.tokenizer.decode(new[: new.index(end)] if end in new else new).strip() for new in written]
+
+
 @dataclass
 class Fit:
     """How a training went: losses of its steps, (step, share of dev right) pairs, the best of them, why it stopped."""
@@ -183,8 +200,12 @@ class Fit:
     seconds: float = 0.0
 
 
-def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, progress=False):
-    """Train what is ready, and leave it in the state that had most of dev right.
+def share_right(ready, rows):
+    return right(ready, rows).double().mean().item()
+
+
+def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, score=share_right, progress=False):
+    """Train what is ready, and leave it in the state that scored best on dev.
 
     AdamW (fused, without decay) with the gradient's norm clipped to 1, but LOMO and AdaLomo, which update inside
     backward and do not clip. The rate goes up over a tenth of the steps and then straight down. The state before the
@@ -193,6 +214,8 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, pro
     Args:
         train, dev: lists of (subject, answer's token ids); with dev None the last state is kept.
         lr: the highest rate; every: steps between two looks at dev.
+        score: a function from what is ready and dev to what is to be large: the share that is right.
+        progress: show a bar.
     """
     if len(train) < batch_size:
         raise ValueError(f"{len(train)} rows are fewer than one batch of {batch_size}; give more, or a smaller batch")
@@ -201,12 +224,12 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, pro
     optimizer, take = stepper(ready, lr, steps)
     start = time.perf_counter()
     try:
-        for step in tqdm(range(steps + 1), disable=not progress):
+        for step in tqdm(range(steps + 1), desc=f"{ready.method} at {lr:g}", disable=not progress):
             if dev and (step % every == 0 or step == steps):
-                score = right(ready, dev).double().mean().item()
-                found.scores.append([step, score])
-                if found.dev is None or score > found.dev:
-                    found.step, found.dev = step, score
+                now = score(ready, dev)
+                found.scores.append([step, now])
+                if found.dev is None or now > found.dev:
+                    found.step, found.dev = step, now
                     best = [weight.detach().clone() for weight in weights]
             if step == steps:
                 break

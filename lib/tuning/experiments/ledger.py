@@ -2,10 +2,10 @@
 
     python -m tuning.experiments.ledger
 
-The handcrafted prompt is the best on dev, and so are the number of examples to show and each method's rate: a sweep on
-seed 0 of six rates, and of more until the lowest learns next to nothing and the highest fails. At the chosen rate there
-are three seeds, which draw what a method begins with and the order of the training facts. All train for as many steps,
-and keep the state that had most of dev right, of those before the first step and after each 30.
+The handcrafted prompt is the best on dev, and so are the number of examples to show and each method's rate: a sweep of
+rates on seed 0 that goes on until the lowest learns next to nothing and the highest fails. At the chosen rate there are
+three seeds, which draw what a method begins with and the order of the training facts. All train for as many steps, and
+keep the state that had most of dev right, of those before the first step and after each 30.
 
 Beside the countries of the test cities, each row has what it cost elsewhere: continents of countries, which nobody
 trained on, and perplexity of other text. A prompt's vectors leave the model alone, so without them it is as it was.
@@ -20,8 +20,8 @@ import sys
 
 import torch
 
-from ..data import TEMPLATES, load_facts, load_wic
-from ..evaluate import bootstrap_interval, facts_with_ids, paired_interval, perplexity, share_right
+from ..data import TEMPLATES, load_facts
+from ..evaluate import bootstrap_interval, elsewhere, facts_with_ids, paired_interval, share_right
 from ..memory import PeakMemory
 from ..methods import METHODS, fit, prepare, right
 from ..models import load_lm
@@ -31,8 +31,7 @@ from ..qlora import quantize_model
 from .record import Recorder, option_parser
 
 TASK = "P17"
-UNTOUCHED = ("P30", "[X] is located in the continent of [Y].")
-SHOWN = (1, 2, 4, 8, 16)  # examples in front of the question
+SHOWN = (1, 2, 4, 8, 16, 32, 64)  # examples in front of the question
 STEPS, DEV = 150, 200
 SEEDS = (0, 1, 2)
 
@@ -60,13 +59,10 @@ def share(hits):
     return hits.count("1") / len(hits)
 
 
-def elsewhere(model, tokenizer, limit=None):
-    """What the model does where nobody trained it: continents of countries, hit by hit, and perplexity of sentences."""
-    relation, template = UNTOUCHED
-    facts = [fact for rows in facts_with_ids(tokenizer, relation, limit=limit).values() for fact in rows]
-    hits = share_right(prompt_logits(model, tokenizer, template, facts), facts)
-    sentences = [row["sentence1"] for row in load_wic()["test"]][: min(100, limit or 100)]
-    return {"continents": as_text(hits), "perplexity": perplexity(model, tokenizer, sentences)}
+def away(model, tokenizer, limit=None):
+    """`evaluate.elsewhere`, with the hits as a text."""
+    found = elsewhere(model, tokenizer, limit)
+    return found | {"continents": as_text(found["continents"])}
 
 
 def most_frequent(name, task, limit=None):
@@ -90,7 +86,7 @@ def asked(name, task, four_bits=False, limit=None):
         "dev": dev,
         "template": template,
         "hits": hits_of(model, tokenizer, template, rows["test"]),
-        "elsewhere": elsewhere(model, tokenizer, limit),
+        "elsewhere": away(model, tokenizer, limit),
     }
 
 
@@ -119,7 +115,7 @@ def trained(name, task, template, method, lr, seed, steps, test, limit=None):
         found |= {"template": ready.template, "hits": as_text(right(ready, rows["test"]))}
         found |= {"trained": sum(weight.numel() for weight in ready.weights()), "kept_bytes": 4 * ready.kept()}
         if ready.trained is model:  # else it is as it was
-            found |= {"elsewhere": elsewhere(model, tokenizer, limit)}
+            found |= {"elsewhere": away(model, tokenizer, limit)}
     return found
 
 
@@ -168,12 +164,12 @@ def sweep(rates, run, more=2):
     return max(swept, key=lambda lr: swept[lr]["dev"])
 
 
-def row(name, chapter, hits, asked_hits, kept_bytes, elsewhere, **more):
+def row(name, chapter, hits, asked_hits, kept_bytes, untouched, **more):
     """A row of the ledger: counts with intervals over test cities, and over seeds where there are several.
 
     Args:
         hits: a text "0101…" a seed; asked_hits: those of the handcrafted prompt, to compare with.
-        elsewhere: what `elsewhere` said, a seed each; one where the model is as it was.
+        untouched: what `away` said, a seed each; one where the model is as it was; None where there is no model.
     """
     values = [torch.tensor([int(hit) for hit in text]).double() for text in hits]
     base = torch.tensor([int(hit) for hit in asked_hits]).double()
@@ -183,12 +179,12 @@ def row(name, chapter, hits, asked_hits, kept_bytes, elsewhere, **more):
         interval = bootstrap_interval(parts[0]) if len(parts) == 1 else paired_interval(parts, same_items=True)
         return [n * value for value in (torch.cat(parts).mean().item(), *interval)]
 
-    found = {"method": name, "chapter": chapter, "seeds": len(hits), "cities": n, "right": count(values)}
+    found = {"method": name, "chapter": chapter, "seeds": len(hits), "subjects": n, "right": count(values)}
     found |= {"over asking": count([value - base for value in values]), "kept_bytes": kept_bytes, **more}
-    if elsewhere:
-        continents = [one["continents"].count("1") for one in elsewhere]
-        found |= {"continents": sum(continents) / len(continents), "countries": len(elsewhere[0]["continents"])}
-        found |= {"perplexity": sum(one["perplexity"] for one in elsewhere) / len(elsewhere)}
+    if untouched:
+        continents = [one["continents"].count("1") for one in untouched]
+        found |= {"continents": sum(continents) / len(continents), "countries": len(untouched[0]["continents"])}
+        found |= {"perplexity": sum(one["perplexity"] for one in untouched) / len(untouched)}
     return found
 
 
@@ -221,7 +217,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     name, limit, steps = options.model, options.limit, options.steps
     settings = {"model": name, "task": TASK, "steps": steps, "limit": limit}
-    total = 5 + len(SHOWN) + len(SEEDS) + sum(len(METHODS[m].rates) + len(SEEDS) + 1 for m in options.methods)
+    total = 4 + len(SHOWN) + len(SEEDS) + sum(len(METHODS[m].rates) + len(SEEDS) + 1 for m in options.methods)
     recorder = Recorder("ledger", options.out, torch.device("cpu"), total, save=options.save, **settings)
     recorder.piece("most frequent", most_frequent, name, TASK, limit)
     template = recorder.piece("asked", asked, name, TASK, False, limit)["template"]
