@@ -20,10 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tuning.data import MINE, load_mine
 from tuning.evaluate import ledger
 from tuning.files import sha256, write_json, write_text
-from tuning.methods import Ready, loss_of, right, says
+from tuning.methods import Ready, loss_of, right
 from tuning.models import load_lm
 from tuning.training import train
-from tuning.yours import WRITTEN, batch_size_for, mean_loss, row_of, template_for, with_ids
+from tuning.yours import answers, batch_size_for, mean_loss, row_of, template_for, with_ids
 
 METHODS = ("LoRA",)
 COLUMNS = ("right", "continents", "perplexity", "kept a task", "rate", "minutes")
@@ -138,7 +138,7 @@ def tune(settings, mine, lr, folder):
         batch_size=batch_size_for(ready, rows["train"]),
         seed=settings.seed,
         every=max(1, settings.steps // 6),
-        checkpoint=folder.with_suffix(".pt"),
+        checkpoint=folder.with_name(folder.name + ".pt"),
     )
     replace_folder(folder, model.save_pretrained)
     found = {"lr": lr, "dev": done.best_score, "loss": mean_loss(ready, rows["dev"]), "step": done.best_step}
@@ -161,10 +161,8 @@ def tested(settings, mine, name, folder=None, **more):
     rows = with_ids(tokenizer, mine)["test"]
     template = template_for(tokenizer, mine.kind, settings.template)
     ready = Ready(name, model, tokenizer, template, trained=model)
-    subjects = list(dict.fromkeys(subject for subject, _ in rows))[:3]
-    length = min(WRITTEN, max(len(answer) for _, answer in rows))
     row = row_of(name, ready, rows, **({"kept_bytes": len(template.encode())} | more))
-    return {"row": row, "says": dict(zip(subjects, says(ready, subjects, length), strict=True))}
+    return {"row": row, "says": answers(ready, mine.kind, rows)}
 
 
 def report(settings, mine, before, tried, best, after):

@@ -1,5 +1,6 @@
 """Charts to play with: what a notebook gets of them, and what their pictures show."""
 
+import html
 import json
 import math
 import re
@@ -7,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import vl_convert
-from tuning.charts import INK, MIME_TYPE, VEGA_LITE, Chart, choose
+from tuning.charts import INK, MIME_TYPE, VEGA_LITE, Chart, choose, compare
 from tuning.plots import COLORS
 
 QUESTION, ALT, SCALE = "Which city is larger?", "Two bars: Lima is the longer one.", "millions of people"
@@ -127,3 +128,53 @@ def test_any_altair_chart_can_be_shown():
     drawing = altair.Chart(altair.Data(values=[{"rank": 1}])).mark_point().encode(x="rank:Q")
     data, _ = Chart(drawing, QUESTION, ALT)._repr_mimebundle_()
     assert data[MIME_TYPE]["mark"] == {"type": "point"} and "<svg" in data["image/svg+xml"]
+
+
+POINTS = [
+    {"choice": "asked", "value": [307, 280, 335], "up": 106, "size": 0.0, "said": ["307 of 1,064", "106 of 160"]},
+    {"choice": 'all "weights"', "value": [417, 390, 440], "up": 7, "size": 1.0, "said": ["417 of 1,064", "7 of 160"]},
+]
+
+
+def points(rows=POINTS):
+    return compare(rows, "What does it cost?", "Two points.", "countries", "continents")._repr_mimebundle_()[0]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_chosen_point_has_its_interval_and_its_words_above(number):
+    spec = points()[MIME_TYPE]
+    (choice,) = spec["params"]
+    assert choice["bind"]["options"] == [row["choice"] for row in POINTS] and choice["value"] == "asked"
+    choice["value"] = POINTS[number]["choice"]
+    picture = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    written = [html.unescape(text) for text in re.findall(r">([^<]+)</t(?:ext|span)>", picture)]
+    assert {POINTS[number]["choice"], *POINTS[number]["said"]} <= set(written)
+    assert not [line for line in POINTS[1 - number]["said"] if line in written]
+    assert {"countries", "continents"} <= set(written)
+    marks = re.findall(r'<path aria-label="([^"]*)"[^>]*aria-roledescription="point"[^>]*>', picture)
+    assert [html.unescape(mark) for mark in marks] == [
+        ", ".join([f"{r['choice']}: {r['said'][0]}", r["said"][1]]) for r in POINTS
+    ]
+    assert picture.count(f'fill="{COLORS[1]}"') == 1 and picture.count(f'stroke="{COLORS[1]}"') == 1
+
+
+def test_larger_points_cost_more():
+    paths = re.findall(
+        r'd="M([\d.]+),0A[^"]*"[^>]*>|aria-roledescription="point" d="M([\d.]+)', points()["image/svg+xml"]
+    )
+    radii = [float(a or b) for a, b in paths]
+    assert len(radii) == 2 and radii[1] > 2 * radii[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "there are no rows"),
+        ([POINTS[0], POINTS[0]], "each row needs a name of its own, and the names are asked, asked"),
+        ([{"choice": "asked", "value": [1, 0, 2], "up": 3}], "row 0 has no size, said"),
+        ([POINTS[0] | {"value": [math.nan, 0, 1]}], "row 0 has the value nan"),
+    ],
+)
+def test_points_that_cannot_be_read_are_refused(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        points(rows)

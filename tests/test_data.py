@@ -3,7 +3,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_reviews, load_superglue, load_wic
+from tuning.data import RELATIONS, TEMPLATES, load_facts, load_lama, load_mine, load_reviews, load_superglue, load_wic
 from tuning.prompts import answer_id, encode
 
 # Known, and named in corpora/README.md: left in, so that the relation keeps all its countries.
@@ -223,3 +223,91 @@ def test_superglues_release_with_its_three_ways_to_write_a_label(tmp_path):
 def test_a_data_set_that_is_nowhere(tmp_path):
     with pytest.raises(ValueError, match=r"it is no local folder with train\.jsonl"):
         load_wic("nobody/no-such-data-set")
+
+
+# --- a reader's own examples
+
+
+def mine(path, rows):
+    return load_mine(write(path / "mine.jsonl", rows))
+
+
+def facts(count):
+    return [{"subject": f"subject {number}", "answer": f"answer {number % 7}"} for number in range(count)]
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(20, (12, 4, 4)), (50, (30, 10, 10)), (6000, (4800, 200, 1000))])
+def test_mine_is_split_by_subject(tmp_path, count, sizes):
+    found = mine(tmp_path, facts(count))
+    assert tuple(len(found.splits[split]) for split in ("train", "dev", "test")) == sizes and found.kind == "facts"
+    everything = {pair for rows in found.splits.values() for pair in rows}
+    assert everything == {(row["subject"], row["answer"]) for row in facts(count)}
+    assert found == load_mine(tmp_path / "mine.jsonl") and found != load_mine(tmp_path / "mine.jsonl", seed=1)
+    said = f"mine.jsonl: {count} examples, each a subject with its answer.\n"
+    assert found.said == said + "{} to train on, {} to choose on, {} to test on.".format(*sizes)
+
+
+def test_mine_of_questions_in_two_languages(tmp_path):
+    rows = [{"question": f"질문 {number}?", "reply": f"Antwort {number} – ja\n"} for number in range(25)]
+    found = mine(tmp_path, rows)
+    everything = {pair for rows in found.splits.values() for pair in rows}
+    assert found.kind == "chats" and ("질문 3?", "Antwort 3 – ja") in everything
+    assert "each a question with its reply" in found.said
+
+
+def test_one_subject_twice_stays_in_one_split_and_one_line_twice_counts_once(tmp_path):
+    rows = facts(30)
+    twice = [row | {"answer": "another answer"} for row in rows]
+    found = mine(tmp_path, [*rows, *twice, rows[0], rows[1]])
+    places = {subject: split for split, pairs in found.splits.items() for subject, _ in pairs}
+    assert all(places[subject] == split for split, pairs in found.splits.items() for subject, _ in pairs)
+    assert sum(map(len, found.splits.values())) == 60
+    assert "30 of the subjects have more than one answer, 'subject 0' among them; these stay together." in found.said
+    assert found.said.endswith("Left out, since they stand there already: 2.")
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"subject": "Rome", ', "line 22 is not JSON"),
+        ('["Rome", "Italy"]', "line 22 holds no object; expected an object$"),
+        ('{"subject": "Rome", "answer": " "}', "line 22 has ' ' as its answer; expected a text that is not empty"),
+        (
+            '{"subject": "Rome", "answer": 3}',
+            "line 22 has 3 as its answer; expected a text that is not empty, in quotes",
+        ),
+        ('{"subject": "Rome"}', "line 22 has 'subject'; expected 'subject' and 'answer', in every line alike"),
+        ('{"question": "Rome?", "reply": "Italy"}', "line 22 has 'question', 'reply'; expected 'subject' and 'answer'"),
+    ],
+)
+def test_a_bad_line_of_mine_is_named(tmp_path, line, fault):
+    path = write(tmp_path / "mine.jsonl", facts(20))
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=rf"mine.jsonl, {fault}"):
+        load_mine(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        (facts(19), "has 19 different examples and 20 to 10,000 are used here; collect more of them"),
+        (facts(1) * 30, "has 1 different examples"),
+        (facts(10_001), "has 10,001 different examples .*; draw a sample of them"),
+        ([{"subject": "one", "answer": str(n)} for n in range(20)], "has only 1 different subjects; five at least"),
+        (
+            [{"sub_label": "Rome", "obj_label": "Italy"}] * 20,
+            "line 1 has 'sub_label', 'obj_label'; expected 'subject' and 'answer' or 'question' and 'reply'",
+        ),
+        ([{}], "line 1 has nothing"),
+    ],
+)
+def test_mine_that_cannot_be_used(tmp_path, rows, fault):
+    with pytest.raises(ValueError, match=fault):
+        mine(tmp_path, rows)
+
+
+def test_mine_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*mine.jsonl; give a JSONL file of your own"):
+        load_mine(tmp_path / "mine.jsonl")
+    with pytest.raises(FileNotFoundError):
+        load_mine(tmp_path)

@@ -9,7 +9,10 @@ from tuning.data import load_facts
 from tuning.evaluate import (
     accuracy,
     bootstrap_interval,
+    elsewhere,
     facts_with_ids,
+    in_bytes,
+    ledger,
     p_at_1,
     perplexity,
     predictions,
@@ -102,3 +105,75 @@ def test_an_empty_text_has_no_token_to_predict(smollm2):
     assert found[0].tolist() == found[2].tolist() == [0, 0] and found[1, 1] == 4
     with pytest.raises(ValueError, match="no text has a second token"):
         perplexity(model, tokenizer, ["", "The"])
+
+
+# --- the ledger
+
+
+def ledger_row(method, chapter, right, over, kept_bytes, **more):
+    return {"method": method, "chapter": chapter, "right": right, "over asking": over, "kept_bytes": kept_bytes, **more}
+
+
+ASKED = {"continents": 106.0, "perplexity": 402.7}
+TRAINED = {"continents": 46.3, "perplexity": 396.0, "trained": 2_442_240, "lr": 1e-3}
+ROWS = [
+    ledger_row("most frequent answer", 1, [6, 2, 11], [-301, -330, -270], 7),
+    ledger_row("asked", 1, [307, 279, 335], [0, 0, 0], 41, **ASKED),
+    ledger_row("LoRA", 6, [410.3, 381, 438], [103.3, 80, 127], 9_768_960, **TRAINED, seconds=250.0, peak_bytes=1.961e9),
+]
+
+
+def test_the_ledger_shows_the_rows_that_were_met():
+    assert list(ledger(ROWS, chapter=1).index) == ["most frequent answer", "asked"]
+    table = ledger(ROWS)
+    assert table.loc["LoRA"].tolist() == ["410 (381 to 438)", "46", "9.8 MB", "2,442,240", "4.2", "2.0 GB"]
+    assert table.loc["most frequent answer"].tolist() == ["6 (2 to 11)", "", "7 B", "", "", ""]
+    other = ledger(ROWS, columns=("over asking", "perplexity", "rate"))
+    assert (
+        other.loc["LoRA"].tolist() == ["+103 (+80 to +127)", "396", "0.001"] and other.loc["asked", "over asking"] == ""
+    )
+    own = {"method": "LoRA, yours", "chapter": 0, "right": [8, 5, 10], "kept_bytes": 9_768_960}
+    assert ledger(ROWS, 1, mine=own).index[-1] == "LoRA, yours"
+    assert max(map(len, ledger(ROWS).to_string().splitlines())) <= 100
+
+
+def test_a_ledger_that_cannot_be_shown():
+    with pytest.raises(ValueError, match="unknown column 'speed'; choose from right, over asking"):
+        ledger(ROWS, columns=("right", "speed"))
+    with pytest.raises(ValueError, match="7 columns do not fit a page"):
+        ledger(ROWS, columns=("right", "continents", "perplexity", "kept a task", "trained", "rate", "minutes"))
+    with pytest.raises(ValueError, match="no row of the ledger is met by chapter 0"):
+        ledger(ROWS, chapter=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 KB"),
+        (13_824, "13.8 KB"),
+        (99_960, "100 KB"),
+        (538_060_032, "538 MB"),
+        (999_600, "1.0 MB"),
+        (5.1e12, "5100 GB"),
+        (None, ""),
+    ],
+)
+def test_bytes_have_their_unit(count, text):
+    assert in_bytes(count) == text
+
+
+def test_elsewhere_is_what_share_right_and_perplexity_say(smollm2):
+    found = elsewhere(*smollm2, limit=30)
+    facts = [fact for rows in facts_with_ids(smollm2[1], "P30").values() for fact in rows][:30]
+    prompts = [smollm2[1](f"{s} is located in the continent of", return_tensors="pt") for s, _ in facts]
+    with torch.no_grad():
+        said = [smollm2[0](**prompt).logits[0, -1].argmax().item() for prompt in prompts]
+    assert found["continents"].tolist() == [token == answer for token, (_, answer) in zip(said, facts, strict=True)]
+    assert 0 < found["continents"].sum() < 30 and found["perplexity"] > 1
+
+
+def test_elsewhere_leaves_out_what_the_vocabulary_does_not_know(bert):
+    found = elsewhere(*bert)
+    assert len(found["continents"]) == 0 and found["perplexity"] is None

@@ -23,7 +23,7 @@
     for (const option of bind.options) {
       const label = document.createElement("label");
       const button = document.createElement("input");
-      Object.assign(button, { type: "radio", name, checked: option === value });
+      Object.assign(button, { type: "radio", name, value: option, checked: option === value });
       button.addEventListener("change", () => choose(option));
       label.append(button, option);
       group.append(label);
@@ -53,6 +53,10 @@
       try {
         await load();
         ({ view } = await vegaEmbed(living, spec, { actions: false, renderer: "svg" }));
+        view.addEventListener("click", (event, item) => { // a mark that belongs to an option chooses it
+          const button = [...controls.querySelectorAll("input")].find((one) => one.value === item?.datum?.choice);
+          button?.click();
+        });
         still.remove();
       } catch (error) {
         controls.remove(); // buttons that move nothing

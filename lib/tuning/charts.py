@@ -1,6 +1,7 @@
 """Charts to play with, by Altair: alive in JupyterLab, in Colab and on the book's pages, a still picture elsewhere."""
 
 import hashlib
+import json
 import math
 import numbers
 import re
@@ -10,7 +11,7 @@ import vl_convert
 
 from .plots import COLORS
 
-__all__ = ["Chart", "choose"]
+__all__ = ["Chart", "choose", "compare"]
 
 VEGA_LITE = "5.21"  # JupyterLab and Colab show version 5, and none that came later
 MIME_TYPE = "application/vnd.vegalite.v5+json"
@@ -82,10 +83,7 @@ def choose(rows, question, alt, scale):
         label = f"{row['bar']}: {row['value']:.3f}" + (", right answer" if row["right"] else "")
         bar = {"choice": row["choice"], "place": place, "value": float(row["value"]), "right": bool(row["right"])}
         bars.append(bar | {"label": label})
-    # Radio buttons of one name are one group in the whole page: each question has a name of its own.
-    name = f"choice_{hashlib.sha256(question.encode()).hexdigest()[:8]}"
-    buttons = altair.binding_radio(options=list(counts), name=question)
-    choice = altair.param(name=name, value=bars[0]["choice"], bind=buttons)
+    choice = radio_buttons(question, list(counts), bars[0]["choice"])
     chosen = altair.Chart(altair.Data(values=bars)).transform_filter(altair.datum.choice == choice)
     chosen = chosen.encode(y=altair.Y("place:O", axis=None))
     span = altair.Scale(domain=[0, max(bar["value"] for bar in bars)], nice=True)  # the same for all cases
@@ -98,8 +96,56 @@ def choose(rows, question, alt, scale):
     words = chosen.mark_text(align="left", yOffset=-7, fontSize=13, color=INK, aria=False)
     words = words.encode(x=altair.value(0), text="label:N")
     drawing = altair.layer(thick, words).add_params(choice)
-    drawing = drawing.properties(width=WIDTH, height=altair.Step(36), title=altair.Title(altair.expr(name)))
+    drawing = drawing.properties(width=WIDTH, height=altair.Step(36), title=altair.Title(altair.expr(choice.name)))
     return Chart(drawing, question, alt)
+
+
+def radio_buttons(question, options, value):
+    """Altair's parameter for a choice; those of one name are one group in the whole page, so each has its own name."""
+    name = f"choice_{hashlib.sha256(question.encode()).hexdigest()[:8]}"
+    return altair.param(name=name, value=value, bind=altair.binding_radio(options=options, name=question))
+
+
+def compare(rows, question, alt, across, up):
+    """Points for things that are good at two matters, as large as they cost; the reader chooses one, or touches it.
+
+    Args:
+        rows: dicts with `choice` (a point's name), `value` (across: the number and the two ends of its interval), `up`,
+            `size` (from 0 to 1) and `said` (lines that stand above the chart when it is chosen).
+        question, alt: as for `choose`; alt says what the picture of the first row shows.
+        across, up: titles of the axes.
+
+    Returns:
+        A `Chart`, which a notebook shows.
+
+    Raises:
+        ValueError: no rows, one that lacks a key or stands there twice, no question, no alternative text.
+    """
+    check_rows([row | {"value": row.get("value", [math.nan])[0]} for row in rows], ("choice", "up", "size", "said"))
+    names = [row["choice"] for row in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each row needs a name of its own, and the names are {', '.join(names)}")
+    choice = radio_buttons(question, names, names[0])
+    points = [
+        {"choice": row["choice"], "up": float(row["up"]), "size": 60 + 540 * row["size"]}
+        | dict(zip(("value", "low", "high"), map(float, row["value"]), strict=True))
+        | {"label": ", ".join([f"{row['choice']}: {row['said'][0]}", *row["said"][1:]])}
+        for row in rows
+    ]
+    chosen = altair.datum.choice == choice
+    base = altair.Chart(altair.Data(values=points)).encode(y=altair.Y("up:Q", title=up, scale=altair.Scale(nice=True)))
+    intervals = base.transform_filter(chosen).mark_rule(strokeWidth=2, color=COLORS[1], aria=False)
+    intervals = intervals.encode(x=altair.X("low:Q"), x2="high:Q")
+    dots = base.mark_point(filled=True, opacity=0.75, stroke=INK, strokeWidth=1).encode(
+        x=altair.X("value:Q", title=across, scale=altair.Scale(zero=False, nice=True), axis=altair.Axis(tickCount=5)),
+        size=altair.Size("size:Q", scale=None),
+        color=altair.condition(chosen, altair.value(COLORS[1]), altair.value(COLORS[4])),
+        description="label:N",
+    )
+    said = json.dumps({row["choice"]: [row["choice"], *row["said"]] for row in rows}, ensure_ascii=False)
+    title = altair.Title(altair.expr(f"({said})[{choice.name}]"))
+    drawing = altair.layer(intervals, dots).add_params(choice)
+    return Chart(drawing.properties(width=WIDTH, height=280, title=title), question, alt)
 
 
 def check_rows(rows, needed):

@@ -242,9 +242,9 @@ def load_mine(path, seed=0):
         again += pair in pairs
         pairs[pair] = number
     if not FEWEST <= len(pairs) <= MOST:
-        advice = "collect more" if len(pairs) < FEWEST else "draw a sample of them, or use recipes/tune.py's libraries"
+        advice = "collect more of them" if len(pairs) < FEWEST else "draw a sample of them"
         raise ValueError(
-            f"{path} has {len(pairs)} different examples; {FEWEST} to {MOST:,} can be used. Please {advice}"
+            f"{path} has {len(pairs):,} different examples and {FEWEST} to {MOST:,} are used here; {advice}"
         )
     subjects = {}
     for pair in pairs:

@@ -215,7 +215,7 @@ def in_bytes(count):
         return ""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
         count /= 1000
 
 

@@ -97,6 +97,14 @@ def row_of(name, ready, rows, **more):
     return found | {"perplexity": away["perplexity"], **more}
 
 
+def answers(ready, kind, rows):
+    """{subject: what greedy decoding answers} for three of the rows; in a template an answer ends with its line."""
+    subjects = list(dict.fromkeys(subject for subject, _ in rows))[:3]
+    texts = says(ready, subjects, min(WRITTEN, max(len(answer) for _, answer in rows)))
+    texts = [text.partition("\n")[0] for text in texts] if kind == "facts" else texts
+    return dict(zip(subjects, texts, strict=True))
+
+
 def score_for(kind):
     """What is to be large on dev. Facts: the share right, and of equals the lower loss. Replies: minus the loss."""
     if kind == "facts":
@@ -132,9 +140,8 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
     lm, tokenizer = load_lm(model)
     template, rows = template_for(tokenizer, mine.kind, template), with_ids(tokenizer, mine)
     asked = Ready("asked", lm, tokenizer, template, trained=lm)
-    subjects = list(dict.fromkeys(subject for subject, _ in rows["test"]))[:3]
-    length = min(WRITTEN, max(len(answer) for _, answer in rows["test"]))
-    before, first = says(asked, subjects, length), row_of("asked", asked, rows["test"], kept_bytes=len(template))
+    before = answers(asked, mine.kind, rows["test"])
+    first = row_of("asked", asked, rows["test"], kept_bytes=len(template.encode()))
     del asked
     rates = rates or three_rates(method)
     best, start = None, time.perf_counter()
@@ -155,7 +162,7 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
         f"\nOf {row['subjects']} {MINE[mine.kind][0]}s to test on, in {(time.perf_counter() - start) / 60:.1f} minutes:"
     )
     print(ledger([first, row], columns=columns).to_string())
-    wanted = dict(reversed(mine.splits["test"]))
-    for subject, one, other in zip(subjects, before, says(ready, subjects, length), strict=True):
-        print(f"\n{subject}\n  before: {one}\n  after:  {other}\n  wanted: {wanted[subject]}")
+    wanted, after = dict(reversed(mine.splits["test"])), answers(ready, mine.kind, rows["test"])
+    for subject, said in before.items():
+        print(f"\n{subject}\n  before: {said}\n  after:  {after[subject]}\n  wanted: {wanted[subject]}")
     return row

@@ -1,0 +1,124 @@
+"""A reader's own examples: what is asked, scored and printed; on a tiny model, and once on the real one."""
+
+import json
+
+import pytest
+import torch
+from tuning.chat import encode_chat
+from tuning.data import load_facts, load_mine
+from tuning.evaluate import ledger
+from tuning.experiments.record import load_results
+from tuning.methods import METHODS, Ready, loss_of
+from tuning.prompts import encode
+from tuning.yours import PLAIN, USUAL, batch_size_for, mean_loss, subject_hits, template_for, with_ids, yours
+
+COUNTRIES = [row for rows in load_facts("P1376").values() for row in rows][:50]  # capitals have several tokens
+CAPITALS = "The capital of [X] is the city of [Y]."
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def capitals(tmp_path):
+    rows = [{"subject": row["obj_label"], "answer": row["sub_label"]} for row in COUNTRIES]
+    return write(tmp_path / "capitals.jsonl", rows)
+
+
+@pytest.fixture
+def chats(tmp_path):
+    rows = [{"question": f"What is {n} + 1?", "reply": f"It is {n + 1}, 물론."} for n in range(30)]
+    return write(tmp_path / "chats.jsonl", rows)
+
+
+def test_capitals_have_several_tokens(capitals, smollm2):
+    rows = with_ids(smollm2[1], load_mine(capitals))
+    assert len({len(answer) for split in rows.values() for _, answer in split}) > 2
+
+
+@pytest.mark.parametrize("method", ["LoRA", "P-tuning, MLP", "prompt tuning, from the prompt", "LOMO"])
+def test_yours_prints_the_readers_row(capitals, tiny_gpt2, method, capsys):
+    row = yours(capitals, method, CAPITALS, str(tiny_gpt2), rates=[1e-3, 1e-2], steps=3, progress=False)
+    printed = capsys.readouterr().out
+    assert "capitals.jsonl: 50 examples, each a subject with its answer.\n30 to train on, 10 to choose on" in printed
+    assert "2 trainings of 3 steps, 16 examples each" in printed and "Of 10 subjects to test on" in printed
+    assert printed.count("before: ") == printed.count("after: ") == printed.count("wanted: ") == 3
+    for line in printed.splitlines():
+        if line.strip().startswith("wanted"):
+            assert line.split(": ")[1] in {row["sub_label"] for row in COUNTRIES}
+    assert row["method"] == f"{method}, yours" and row["subjects"] == 10 and row["lr"] in (1e-3, 1e-2)
+    assert f"{method}, yours" in printed and row["trained"] > 0 and row["kept_bytes"] > 0
+    assert ledger([], mine=row).index.tolist() == [f"{method}, yours"]
+
+
+def test_yours_of_questions(chats, tiny_gpt2, capsys):
+    yours(chats, "LoRA", model=str(tiny_gpt2), rates=[1e-2], steps=3, progress=False)
+    printed = capsys.readouterr().out
+    assert "each a question with its reply" in printed and "wanted: It is" in printed
+
+
+def test_a_question_is_asked_as_the_chat_format_has_it(chats, smollm2):
+    tokenizer = smollm2[1]
+    mine = load_mine(chats)
+    template, rows = template_for(tokenizer, mine.kind), with_ids(tokenizer, mine)
+    for (question, reply), (subject, answer) in zip(mine.splits["dev"], rows["dev"], strict=True):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        assert encode(tokenizer, template, subject) + answer == encode_chat(tokenizer, messages)[0]
+        assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_what_is_asked_of_subjects(gpt2):
+    assert template_for(gpt2[1], "facts") == PLAIN and template_for(gpt2[1], "facts", CAPITALS) == CAPITALS
+    with pytest.raises(ValueError, match="asked in the model's own chat format; leave the template out"):
+        template_for(gpt2[1], "chats", CAPITALS)
+
+
+def test_a_model_without_a_chat_format_cannot_be_asked_questions(bert):
+    with pytest.raises(ValueError, match="has no chat format; give subjects and answers"):
+        template_for(bert[1], "chats")
+
+
+def test_a_subject_is_right_with_one_of_its_answers():
+    rows = [("Belgium", [1]), ("Peru", [2]), ("Belgium", [3]), ("Chad", [4]), ("Chad", [5])]
+    hits = torch.tensor([False, True, True, False, False])
+    assert subject_hits(rows, hits).tolist() == [1, 1, 0]
+
+
+def test_long_examples_make_small_batches(gpt2):
+    ready = Ready("asked", *gpt2, CAPITALS, trained=gpt2[0])
+    assert batch_size_for(ready, [("Peru", [5])] * 50) == 16
+    assert batch_size_for(ready, [("Peru", [5])] * 7) == 7
+    assert batch_size_for(ready, [("Peru", [5] * 500)] * 50) == 3
+    assert batch_size_for(ready, [("Peru", [5] * 5000)] * 50) == 1
+
+
+def test_the_mean_loss_counts_every_row(gpt2):
+    ready = Ready("asked", *gpt2, CAPITALS, trained=gpt2[0])
+    rows = [("Peru", [7]), ("Chad", [9]), ("Mali", [11]), ("Cuba", [13])]
+    one_by_one = sum(loss_of(ready, [row]).item() for row in rows) / 4
+    assert mean_loss(ready, rows, batch_size=2) == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_the_usual_rates_are_those_that_the_ledger_chose():
+    assert USUAL.keys() == METHODS.keys()
+    recorded = load_results("ledger")
+    if recorded is None:
+        pytest.skip("the ledger is not yet recorded")
+    chosen = {row["method"]: row["lr"] for row in recorded["results"]["rows"] if "lr" in row}
+    assert pytest.approx(chosen) == USUAL
+
+
+def test_a_method_that_there_is_not(capitals):
+    with pytest.raises(ValueError, match="unknown method 'lora'; choose one of prompt tuning"):
+        yours(capitals, "lora")
+
+
+def test_languages_are_learned_by_the_real_model(tmp_path):
+    rows = [row for rows in load_facts("P37").values() for row in rows][:50]
+    path = tmp_path / "languages.jsonl"
+    write(path, [{"subject": row["sub_label"], "answer": row["obj_label"]} for row in rows])
+    asks = "The official language of [X] is [Y]."
+    row = yours(path, "LoRA", asks, rates=[1e-3], steps=12, progress=False)
+    assert row["right"][0] >= 5  # of 10; asked, 2
