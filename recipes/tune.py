@@ -9,13 +9,17 @@ leaves in its output folder: `report.md`, and the adapter in peft's format.
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft brings it, and it tells of kernels that it lacks
 from peft import LoraConfig, PeftModel, get_peft_model
 from tuning.data import MINE, load_mine
 from tuning.evaluate import ledger
@@ -23,7 +27,7 @@ from tuning.files import sha256, write_json, write_text
 from tuning.methods import Ready, loss_of, right
 from tuning.models import load_lm
 from tuning.training import train
-from tuning.yours import answers, batch_size_for, mean_loss, row_of, template_for, with_ids
+from tuning.yours import answers, batch_size_for, mean_loss, most_frequent, row_of, template_for, with_ids
 
 METHODS = ("LoRA",)
 COLUMNS = ("right", "continents", "perplexity", "kept a task", "rate", "minutes")
@@ -165,12 +169,13 @@ def tested(settings, mine, name, folder=None, **more):
     return {"row": row, "says": answers(ready, mine.kind, rows)}
 
 
-def report(settings, mine, before, tried, best, after):
+def report(settings, mine, table, before, tried, best, after):
     """The run as Markdown."""
-    table = ledger([before["row"], after["row"]], columns=COLUMNS)
     wanted = dict(reversed(mine.splits["test"]))
     measure = "share right" if mine.kind == "facts" else "minus the loss"
     lines = [f"# {settings.method} on {settings.data.name}", "", *mine.said.splitlines(), ""]
+    lines += [f"Model {settings.model}; rank {settings.rank}, alpha {settings.alpha}, {settings.steps} steps, "]
+    lines[-1] += f"seed {settings.seed}; peft {version('peft')}, transformers {version('transformers')}."
     lines += [f"Of {after['row']['subjects']} {MINE[mine.kind][0]}s to test on:", "", *markdown(table), ""]
     lines += [
         "In brackets an interval of 95 % over the examples to test on. Continents and perplexity are of facts and"
@@ -190,10 +195,10 @@ def report(settings, mine, before, tried, best, after):
     for subject, said in before["says"].items():
         cells = [subject, said, after["says"][subject], wanted[subject]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    lines += ["", "## The adapter", "", f"`{settings.output.name}/adapter`, in peft's format:", "", "```python"]
+    lines += ["", "## The adapter", "", f"In peft's format; load model {settings.model} first:", "", "```python"]
     lines += [
         "from peft import PeftModel",
-        f'model = PeftModel.from_pretrained(model, "{settings.output.name}/adapter")',
+        f'model = PeftModel.from_pretrained(model, "{settings.output}/adapter")',
     ]
     return "\n".join([*lines, "```", ""])
 
@@ -226,8 +231,9 @@ def run(settings):
     after = state.once("tuned", lambda: tested(settings, mine, settings.method, folder, **more))
     replace_folder(settings.output / "adapter", lambda new: shutil.copytree(folder, new))
     path = settings.output / "report.md"
-    write_text(path, report(settings, mine, before, tried, best, after))
-    print(ledger([before["row"], after["row"]], columns=COLUMNS).to_string())
+    table = ledger([most_frequent(mine), before["row"], after["row"]], columns=COLUMNS)
+    write_text(path, report(settings, mine, table, before, tried, best, after))
+    print(table.to_string())
     print(f"report: {path}")
     return path
 

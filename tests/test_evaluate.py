@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tuning.charts import compare
 from tuning.data import load_facts
 from tuning.evaluate import (
     accuracy,
@@ -13,6 +14,7 @@ from tuning.evaluate import (
     facts_with_ids,
     in_bytes,
     ledger,
+    ledger_points,
     p_at_1,
     perplexity,
     predictions,
@@ -135,6 +137,16 @@ def test_the_ledger_shows_the_rows_that_were_met():
     own = {"method": "LoRA, yours", "chapter": 0, "right": [8, 5, 10], "kept_bytes": 9_768_960}
     assert ledger(ROWS, 1, mine=own).index[-1] == "LoRA, yours"
     assert max(map(len, ledger(ROWS).to_string().splitlines())) <= 100
+
+
+def test_the_ledgers_points():
+    rows = [row | {"subjects": 1064, "countries": 160} for row in ROWS]
+    asked, lora = ledger_points(rows)
+    assert asked["choice"] == "asked" and asked["value"] == [307, 279, 335] and asked["up"] == 106
+    assert lora["said"] == ["410 (381 to 438) of 1,064 countries", "46 of 160 continents", "9.8 MB kept a task"]
+    assert asked["size"] == pytest.approx((math.log10(41) - 1) / 8) and 0 < asked["size"] < lora["size"] < 1
+    assert [point["choice"] for point in ledger_points(rows, chapter=5)] == ["asked"]
+    assert compare([asked, lora], "Which?", "Two points.", "countries", "continents").still().startswith("<svg")
 
 
 def test_a_ledger_that_cannot_be_shown():

@@ -67,6 +67,7 @@ def test_a_run_leaves_a_report_and_an_adapter_that_peft_loads(settings, tmp_path
     text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
     assert text.startswith("# LoRA on mine.jsonl") and text.count("**chosen**") == 1 and "Of 8 subjects" in text
     table = [line for line in text.splitlines() if line.startswith(("| asked | 0 (", "| LoRA |"))]
+    assert "| most frequent answer |" in text and "rank 2, alpha 6, 6 steps, seed 1; peft" in text
     assert len(table) == 2 and all(line.count("|") == 8 for line in table)
     done = json.loads((tmp_path / "out/state.json").read_text(encoding="utf-8"))
     row = done["tuned"]["row"]

@@ -10,7 +10,17 @@ from tuning.evaluate import ledger
 from tuning.experiments.record import load_results
 from tuning.methods import METHODS, Ready, loss_of
 from tuning.prompts import encode
-from tuning.yours import PLAIN, USUAL, batch_size_for, mean_loss, subject_hits, template_for, with_ids, yours
+from tuning.yours import (
+    PLAIN,
+    USUAL,
+    batch_size_for,
+    mean_loss,
+    most_frequent,
+    subject_hits,
+    template_for,
+    with_ids,
+    yours,
+)
 
 COUNTRIES = [row for rows in load_facts("P1376").values() for row in rows][:50]  # capitals have several tokens
 CAPITALS = "The capital of [X] is the city of [Y]."
@@ -49,7 +59,12 @@ def test_yours_prints_the_readers_row(capitals, tiny_gpt2, method, capsys):
         if line.strip().startswith("wanted"):
             assert line.split(": ")[1] in {row["sub_label"] for row in COUNTRIES}
     assert row["method"] == f"{method}, yours" and row["subjects"] == 10 and row["lr"] in (1e-3, 1e-2)
-    assert f"{method}, yours" in printed and row["trained"] > 0 and row["kept_bytes"] > 0
+    assert (
+        f"{method}, yours" in printed
+        and "most frequent answer" in printed
+        and row["trained"] > 0
+        and row["kept_bytes"] > 0
+    )
     assert ledger([], mine=row).index.tolist() == [f"{method}, yours"]
 
 
@@ -84,6 +99,13 @@ def test_a_subject_is_right_with_one_of_its_answers():
     rows = [("Belgium", [1]), ("Peru", [2]), ("Belgium", [3]), ("Chad", [4]), ("Chad", [5])]
     hits = torch.tensor([False, True, True, False, False])
     assert subject_hits(rows, hits).tolist() == [1, 1, 0]
+
+
+def test_the_most_frequent_answer_is_the_one_to_beat(tmp_path):
+    rows = [{"subject": f"s{n}", "answer": "English" if n % 3 else "French"} for n in range(60)]
+    mine = load_mine(write(tmp_path / "mine.jsonl", rows))
+    row = most_frequent(mine)
+    assert row["right"][0] == sum(answer == "English" for _, answer in mine.splits["test"]) and row["subjects"] == 12
 
 
 def test_long_examples_make_small_batches(gpt2):

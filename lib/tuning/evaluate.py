@@ -261,3 +261,23 @@ def ledger(rows, chapter=None, columns=SHOWN, mine=None):
         raise ValueError(f"no row of the ledger is met by chapter {chapter}")
     table = {row["method"]: {column: COLUMNS[column](row) for column in columns} for row in met}
     return pd.DataFrame(table).T
+
+
+def ledger_points(rows, chapter=None):
+    """The ledger's rows as `charts.compare` takes them: countries across, continents up, as large as what is kept.
+
+    Rows that say nothing of continents are left out. From 10 B to 1 GB a point grows with the logarithm.
+    """
+    found = []
+    for row in rows:
+        if "continents" not in row or (chapter is not None and row["chapter"] > chapter):
+            continue
+        size = (math.log10(max(row["kept_bytes"], 10)) - 1) / 8
+        said = [
+            f"{COLUMNS['right'](row)} of {row['subjects']:,} countries",
+            f"{COLUMNS['continents'](row)} of {row['countries']} continents",
+            f"{COLUMNS['kept a task'](row)} kept a task",
+        ]
+        point = {"choice": row["method"], "value": row["right"], "up": row["continents"], "size": min(size, 1.0)}
+        found.append(point | {"said": said})
+    return found

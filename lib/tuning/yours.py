@@ -86,12 +86,25 @@ def subject_hits(rows, hits):
     return torch.tensor(list(found.values())).double()
 
 
+def counted(name, hits, **more):
+    """A row that says how many subjects are right, with an interval."""
+    count = [len(hits) * value for value in (hits.mean().item(), *bootstrap_interval(hits))]
+    return {"method": name, "chapter": 0, "subjects": len(hits), "right": count, **more}
+
+
+def most_frequent(mine):
+    """The row of always giving the answer that is the most frequent in training: what every method has to beat."""
+    answers = [answer for _, answer in mine.splits["train"]]
+    answer = max(sorted(set(answers)), key=answers.count)
+    rows = mine.splits["test"]
+    hits = subject_hits(rows, torch.tensor([given == answer for _, given in rows]))
+    return counted("most frequent answer", hits, kept_bytes=len(answer.encode()))
+
+
 def row_of(name, ready, rows, **more):
     """A row for `evaluate.ledger`: test subjects that are right, and what the model does elsewhere."""
-    hits = subject_hits(rows, right(ready, rows))
+    found = counted(name, subject_hits(rows, right(ready, rows)))
     away = elsewhere(ready.model, ready.tokenizer)
-    right_of = [len(hits) * value for value in (hits.mean().item(), *bootstrap_interval(hits))]
-    found = {"method": name, "chapter": 0, "subjects": len(hits), "right": right_of}
     if len(away["continents"]):
         found |= {"continents": int(away["continents"].sum())}
     return found | {"perplexity": away["perplexity"], **more}
@@ -161,7 +174,7 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
     print(
         f"\nOf {row['subjects']} {MINE[mine.kind][0]}s to test on, in {(time.perf_counter() - start) / 60:.1f} minutes:"
     )
-    print(ledger([first, row], columns=columns).to_string())
+    print(ledger([most_frequent(mine), first, row], columns=columns).to_string())
     wanted, after = dict(reversed(mine.splits["test"])), answers(ready, mine.kind, rows["test"])
     for subject, said in before.items():
         print(f"\n{subject}\n  before: {said}\n  after:  {after[subject]}\n  wanted: {wanted[subject]}")
