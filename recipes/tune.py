@@ -21,16 +21,26 @@ import yaml
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft brings it, and it tells of kernels that it lacks
 from peft import LoraConfig, PeftModel, get_peft_model
-from tuning.data import MINE, load_mine
+from tuning.data import load_mine
 from tuning.evaluate import ledger
 from tuning.files import sha256, write_json, write_text
 from tuning.methods import Ready, loss_of, right
 from tuning.models import load_lm
 from tuning.training import train
-from tuning.yours import answers, batch_size_for, mean_loss, most_frequent, row_of, template_for, with_ids
+from tuning.yours import (
+    COLUMNS,
+    answers,
+    batch_size_for,
+    legend,
+    mean_loss,
+    most_frequent,
+    row_of,
+    template_for,
+    wanted,
+    with_ids,
+)
 
 METHODS = ("LoRA",)
-COLUMNS = ("right", "continents", "perplexity", "kept a task", "rate", "minutes")
 
 
 @dataclass(frozen=True)
@@ -171,16 +181,11 @@ def tested(settings, mine, name, folder=None, **more):
 
 def report(settings, mine, table, before, tried, best, after):
     """The run as Markdown."""
-    wanted = dict(reversed(mine.splits["test"]))
     measure = "share right" if mine.kind == "facts" else "minus the loss"
     lines = [f"# {settings.method} on {settings.data.name}", "", *mine.said.splitlines(), ""]
     lines += [f"Model {settings.model}; rank {settings.rank}, alpha {settings.alpha}, {settings.steps} steps, "]
     lines[-1] += f"seed {settings.seed}; peft {version('peft')}, transformers {version('transformers')}."
-    lines += [f"Of {after['row']['subjects']} {MINE[mine.kind][0]}s to test on:", "", *markdown(table), ""]
-    lines += [
-        "In brackets an interval of 95 % over the examples to test on. Continents and perplexity are of facts and"
-    ]
-    lines += ["sentences that nobody trained on: a model that was tuned may lose them.", ""]
+    lines += ["", "The examples to test on:", "", *markdown(table), "", *legend(mine), ""]
     lines += [
         "## Rates",
         "",
@@ -192,14 +197,13 @@ def report(settings, mine, table, before, tried, best, after):
         fault = f" {one['stopped']}" if one["stopped"] else ""
         lines.append(f"| {one['lr']:g}{mark}{fault} | {one['dev']:.3f} | {one['loss']:.3f} | {one['step']} |")
     lines += ["", "## Answers", "", "| asked | before | after | wanted |", "| --- | --- | --- | --- |"]
+    right_answers = wanted(mine)
     for subject, said in before["says"].items():
-        cells = [subject, said, after["says"][subject], wanted[subject]]
+        texts = [f"{'✓' if hit else '✗'} {text}" for text, hit in (said, after["says"][subject])]
+        cells = [subject, *texts, right_answers[subject]]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     lines += ["", "## The adapter", "", f"In peft's format; load model {settings.model} first:", "", "```python"]
-    lines += [
-        "from peft import PeftModel",
-        f'model = PeftModel.from_pretrained(model, "{settings.output}/adapter")',
-    ]
+    lines += ["from peft import PeftModel", f'model = PeftModel.from_pretrained(model, "{settings.output}/adapter")']
     return "\n".join([*lines, "```", ""])
 
 

@@ -270,7 +270,7 @@ def test_one_subject_twice_stays_in_one_split_and_one_line_twice_counts_once(tmp
     ("line", "fault"),
     [
         ('{"subject": "Rome", ', "line 22 is not JSON"),
-        ('["Rome", "Italy"]', "line 22 holds no object; expected an object$"),
+        ('["Rome", "Italy"]', "line 22 holds no object; expected an object, such as"),
         ('{"subject": "Rome", "answer": " "}', "line 22 has ' ' as its answer; expected a text that is not empty"),
         (
             '{"subject": "Rome", "answer": 3}',
@@ -291,6 +291,10 @@ def test_a_bad_line_of_mine_is_named(tmp_path, line, fault):
     ("rows", "fault"),
     [
         (facts(19), "has 19 different examples and 20 to 10,000 are used here; collect more of them"),
+        (
+            [{"subject": str(n), "answer": "Italy"} for n in range(30)],
+            "all have 'Italy' as answer; there is nothing to",
+        ),
         (facts(1) * 30, "has 1 different examples"),
         (facts(10_001), "has 10,001 different examples .*; draw a sample of them"),
         ([{"subject": "one", "answer": str(n)} for n in range(20)], "has only 1 different subjects; five at least"),
@@ -309,5 +313,5 @@ def test_mine_that_cannot_be_used(tmp_path, rows, fault):
 def test_mine_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*mine.jsonl; give a JSONL file of your own"):
         load_mine(tmp_path / "mine.jsonl")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="is a folder; give a JSONL file"):
         load_mine(tmp_path)

@@ -65,7 +65,7 @@ def test_a_run_leaves_a_report_and_an_adapter_that_peft_loads(settings, tmp_path
     printed = capsys.readouterr().out
     assert "40 examples, each a subject with its answer." in printed and "report: " in printed
     text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
-    assert text.startswith("# LoRA on mine.jsonl") and text.count("**chosen**") == 1 and "Of 8 subjects" in text
+    assert text.startswith("# LoRA on mine.jsonl") and text.count("**chosen**") == 1 and "| right, of 8 |" in text
     table = [line for line in text.splitlines() if line.startswith(("| asked | 0 (", "| LoRA |"))]
     assert "| most frequent answer |" in text and "rank 2, alpha 6, 6 steps, seed 1; peft" in text
     assert len(table) == 2 and all(line.count("|") == 8 for line in table)
@@ -172,7 +172,7 @@ def test_questions_and_replies(settings, tmp_path):
     path = tune.run(tune.read_settings(settings(data="chats.jsonl", template=None, rates=[1e-2], steps=2)))
     text = path.read_text(encoding="utf-8")
     answers = text[text.index("## Answers") : text.index("## The adapter")].strip().splitlines()
-    assert len(answers) == 7 and all(line.replace("\\|", "").count("|") == 5 for line in answers[2:])
+    assert len(answers) == 9 and all(line.replace("\\|", "").count("|") == 5 for line in answers[2:])
 
 
 def test_a_folder_of_another_run_is_not_taken_up(settings):

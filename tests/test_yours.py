@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import tuning.yours
 from tuning.chat import encode_chat
 from tuning.data import load_facts, load_mine
 from tuning.evaluate import ledger
@@ -14,6 +15,8 @@ from tuning.yours import (
     PLAIN,
     USUAL,
     batch_size_for,
+    checked_rates,
+    counted,
     mean_loss,
     most_frequent,
     subject_hits,
@@ -53,11 +56,17 @@ def test_yours_prints_the_readers_row(capitals, tiny_gpt2, method, capsys):
     row = yours(capitals, method, CAPITALS, str(tiny_gpt2), rates=[1e-3, 1e-2], steps=3, progress=False)
     printed = capsys.readouterr().out
     assert "capitals.jsonl: 50 examples, each a subject with its answer.\n30 to train on, 10 to choose on" in printed
-    assert "2 trainings of 3 steps, 16 examples each" in printed and "Of 10 subjects to test on" in printed
-    assert printed.count("before: ") == printed.count("after: ") == printed.count("wanted: ") == 3
+    assert f"\n{method}, 2 times 3 steps of 16 examples: about " in printed and "The examples to test on:" in printed
+    assert printed.count("\n  before ") == printed.count("\n  after  ") == printed.count("\n  wanted   ") == 10
+    assert (
+        printed.count("of 10 to choose on right, best after step") == 2 and f"Rate {row['lr']:g} is chosen" in printed
+    )
+    assert "right, of 10" in printed and "continents, of 160" in printed
+    asked = {row["sub_label"] for row in COUNTRIES}
     for line in printed.splitlines():
-        if line.strip().startswith("wanted"):
-            assert line.split(": ")[1] in {row["sub_label"] for row in COUNTRIES}
+        assert not line.startswith("  wanted") or set(line.split(maxsplit=1)[1].split(" / ")) <= asked
+    marks = [line.split()[1] for line in printed.splitlines() if line.startswith("  after")]
+    assert marks.count("✓") == row["right"][0] and marks.count("✗") == 10 - row["right"][0]
     assert row["method"] == f"{method}, yours" and row["subjects"] == 10 and row["lr"] in (1e-3, 1e-2)
     assert (
         f"{method}, yours" in printed
@@ -71,7 +80,9 @@ def test_yours_prints_the_readers_row(capitals, tiny_gpt2, method, capsys):
 def test_yours_of_questions(chats, tiny_gpt2, capsys):
     yours(chats, "LoRA", model=str(tiny_gpt2), rates=[1e-2], steps=3, progress=False)
     printed = capsys.readouterr().out
-    assert "each a question with its reply" in printed and "wanted: It is" in printed
+    assert (
+        "each a question with its reply" in printed and "wanted   It is" in printed and ", 1 time 3 steps of" in printed
+    )
 
 
 def test_a_question_is_asked_as_the_chat_format_has_it(chats, smollm2):
@@ -132,9 +143,32 @@ def test_the_usual_rates_are_those_that_the_ledger_chose():
     assert pytest.approx(chosen) == USUAL
 
 
-def test_a_method_that_there_is_not(capitals):
-    with pytest.raises(ValueError, match="unknown method 'lora'; choose one of prompt tuning"):
-        yours(capitals, "lora")
+@pytest.mark.parametrize(
+    ("method", "options", "fault"),
+    [
+        ("lora", {}, r"unknown method 'lora'; did you mean 'LoRA'\? There are 'prompt tuning', .*'P-tuning, BiLSTM'"),
+        ("magic", {}, "unknown method 'magic' There are 'prompt tuning'"),
+        ("LoRA", {"rates": []}, r"rates are \[\]; give positive numbers"),
+        ("LoRA", {"rates": ["fast"]}, r"rates are \['fast'\]; give positive numbers"),
+        ("LoRA", {"rates": -1e-3}, r"rates are \[-0.001\]; give positive numbers"),
+        ("LoRA", {"steps": 0}, "steps is 0; give a whole number of 1 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(monkeypatch, capitals, method, options, fault):
+    monkeypatch.setattr(tuning.yours, "load_lm", None)
+    with pytest.raises(ValueError, match=fault):
+        yours(capitals, method, CAPITALS, **options)
+
+
+def test_one_rate_is_a_list_of_one():
+    assert checked_rates("LoRA", 1e-3) == [1e-3] and checked_rates("LoRA", (1e-3, 1)) == [1e-3, 1]
+    assert checked_rates("LoRA", None) == pytest.approx([USUAL["LoRA"] / 3, USUAL["LoRA"], USUAL["LoRA"] * 3], rel=0.2)
+
+
+def test_of_few_subjects_none_right_is_not_certainly_none():
+    row = counted("LoRA", torch.zeros(8))
+    assert row["right"][:2] == [0, 0] and 2 < row["right"][2] < 3  # Wilson: 0.32
+    assert counted("LoRA", torch.ones(8))["right"][1] == pytest.approx(8 - row["right"][2])
 
 
 def test_languages_are_learned_by_the_real_model(tmp_path):

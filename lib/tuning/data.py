@@ -198,6 +198,7 @@ def load_superglue(task, source=None):
 
 MINE = {"facts": ("subject", "answer"), "chats": ("question", "reply")}  # what a line of a reader's own file holds
 FEWEST, MOST = 20, 10_000  # lines
+EXAMPLE = '{"subject": "Peru", "answer": "Spanish"}'
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,9 @@ class Mine:
 def load_mine(path, seed=0):
     """A reader's own examples: JSONL whose lines hold `subject` and `answer`, or `question` and `reply`.
 
+        {"subject": "Peru", "answer": "Spanish"}
+        {"question": "My parcel is late. Whom do I ask?", "reply": "shipping"}
+
     Three fifths of the subjects are to train on, a fifth to choose on (200 at most) and a fifth to test on (1,000 at
     most), drawn by the seed. All lines of one subject go to the same split. A line that stands there twice counts once.
 
@@ -234,9 +238,14 @@ def load_mine(path, seed=0):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give a JSONL file of your own, one example a line")
+        fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+        raise FileNotFoundError(f"{fault}; give a JSONL file of your own, one example a line, such as {EXAMPLE}")
     kind, pairs, again = None, {}, 0
-    for number, row in numbered_rows(path, ()):
+    try:
+        numbered = numbered_rows(path, ())
+    except ValueError as error:
+        raise ValueError(f"{error}, such as {EXAMPLE}") from error
+    for number, row in numbered:
         kind = kind or next((one for one, keys in MINE.items() if all(key in row for key in keys)), None)
         pair = _my_pair(f"{path}, line {number}", row, kind)
         again += pair in pairs
@@ -246,6 +255,9 @@ def load_mine(path, seed=0):
         raise ValueError(
             f"{path} has {len(pairs):,} different examples and {FEWEST} to {MOST:,} are used here; {advice}"
         )
+    said = {answer for _, answer in pairs}
+    if len(said) == 1:
+        raise ValueError(f"in {path} all have {said.pop()!r} as {MINE[kind][1]}; there is nothing to tell apart")
     subjects = {}
     for pair in pairs:
         subjects.setdefault(pair[0], []).append(pair)

@@ -219,19 +219,24 @@ def in_bytes(count):
         count /= 1000
 
 
+def counts(row, key, sign=""):
+    """A row's count with its interval, as text; "" where it has none."""
+    return f"{{:{sign}.0f}} ({{:{sign}.0f}} to {{:{sign}.0f}})".format(*row[key]) if key in row else ""
+
+
 COLUMNS = {  # of the ledger: what a row says, as text
-    "right": lambda row: "{:.0f} ({:.0f} to {:.0f})".format(*row["right"]),
-    "over asking": lambda row: (
-        "" if row["method"] == "asked" else "{:+.0f} ({:+.0f} to {:+.0f})".format(*row["over asking"])
-    ),
+    "right": lambda row: counts(row, "right"),
+    "over asking": lambda row: "" if row["method"] == "asked" else counts(row, "over asking", "+"),
+    "loss": lambda row: f"{row['loss']:.2f}" if "loss" in row else "",
     "continents": lambda row: f"{row['continents']:.0f}" if "continents" in row else "",
-    "perplexity": lambda row: f"{row['perplexity']:.0f}" if "perplexity" in row else "",
+    "perplexity": lambda row: f"{row['perplexity']:.0f}" if row.get("perplexity") else "",
     "kept a task": lambda row: in_bytes(row["kept_bytes"]),
     "trained": lambda row: f"{row['trained']:,}" if row.get("trained") else "",
     "rate": lambda row: f"{row['lr']:g}" if row.get("lr") else "",
     "minutes": lambda row: f"{row['seconds'] / 60:.1f}" if row.get("seconds") else "",
     "memory": lambda row: in_bytes(row.get("peak_bytes")),
 }
+OF = {"right": "subjects", "continents": "countries"}  # counts, and the key of what they are counted among
 SHOWN = ("right", "continents", "kept a task", "trained", "minutes", "memory")
 
 
@@ -245,7 +250,8 @@ def ledger(rows, chapter=None, columns=SHOWN, mine=None):
         mine: a row of the reader's own, to stand last.
 
     Returns:
-        A pandas `DataFrame` of texts with the methods as index.
+        A pandas `DataFrame` of texts with the methods as index. A column of counts says of how many in its title, or
+        in each cell where rows were counted among different numbers.
 
     Raises:
         ValueError: an unknown column, or more than six; no row is left.
@@ -259,7 +265,16 @@ def ledger(rows, chapter=None, columns=SHOWN, mine=None):
     met += [mine] if mine else []
     if not met:
         raise ValueError(f"no row of the ledger is met by chapter {chapter}")
-    table = {row["method"]: {column: COLUMNS[column](row) for column in columns} for row in met}
+    titles, among = {}, {}
+    for column in columns:
+        among[column] = {row[OF[column]] for row in met if column in OF and OF[column] in row}
+        titles[column] = f"{column}, of {min(among[column]):,}" if len(among[column]) == 1 else column
+
+    def cell(row, column):
+        text = COLUMNS[column](row)
+        return f"{text}, of {row[OF[column]]:,}" if text and len(among[column]) > 1 else text
+
+    table = {row["method"]: {titles[column]: cell(row, column) for column in columns} for row in met}
     return pd.DataFrame(table).T
 
 
@@ -274,7 +289,7 @@ def ledger_points(rows, chapter=None):
             continue
         size = (math.log10(max(row["kept_bytes"], 10)) - 1) / 8
         said = [
-            f"{COLUMNS['right'](row)} of {row['subjects']:,} countries",
+            f"{counts(row, 'right')} of {row['subjects']:,} countries",
             f"{COLUMNS['continents'](row)} of {row['countries']} continents",
             f"{COLUMNS['kept a task'](row)} kept a task",
         ]

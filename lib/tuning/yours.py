@@ -6,14 +6,17 @@ prints what was found in the file, trains at three rates, chooses by dev, and pr
 some answers before and after. `recipes/tune.py` does the same at work.
 """
 
+import math
 import time
+from numbers import Real
 
 import torch
+from scipy import stats
 
 from .chat import encode_chat
-from .data import MINE, load_mine
-from .evaluate import bootstrap_interval, elsewhere, ledger
-from .methods import BATCH, METHODS, Ready, fit, loss_of, prepare, right, says, share_right
+from .data import load_mine
+from .evaluate import elsewhere, ledger
+from .methods import BATCH, Ready, check_method, fit, loss_of, prepare, right, says, share_right
 from .models import load_lm
 from .prompts import tokens_of
 
@@ -34,7 +37,8 @@ USUAL = {  # the rates that the ledger's sweeps chose
 }
 PLAIN = "Question: [X]\nAnswer: [Y]."  # for subjects and answers, where the reader gives no template
 TOKENS = 2048  # in a batch, at most
-WRITTEN = 24  # tokens of an answer that is shown, at most
+WRITTEN, EXAMPLES = 24, 10  # tokens of an answer that is shown, and how many are shown, at most
+COLUMNS = ("right", "loss", "continents", "perplexity", "kept a task", "minutes")
 
 
 def template_for(tokenizer, kind, template=None):
@@ -87,9 +91,10 @@ def subject_hits(rows, hits):
 
 
 def counted(name, hits, **more):
-    """A row that says how many subjects are right, with an interval."""
-    count = [len(hits) * value for value in (hits.mean().item(), *bootstrap_interval(hits))]
-    return {"method": name, "chapter": 0, "subjects": len(hits), "right": count, **more}
+    """A row that says how many subjects are right, with Wilson's interval, which is right for few subjects too."""
+    n, k = len(hits), int(hits.sum())
+    interval = stats.binomtest(k, n).proportion_ci(method="wilson")
+    return {"method": name, "chapter": 0, "subjects": n, "right": [k, n * interval.low, n * interval.high], **more}
 
 
 def most_frequent(mine):
@@ -102,20 +107,40 @@ def most_frequent(mine):
 
 
 def row_of(name, ready, rows, **more):
-    """A row for `evaluate.ledger`: test subjects that are right, and what the model does elsewhere."""
-    found = counted(name, subject_hits(rows, right(ready, rows)))
+    """A row for `evaluate.ledger`: test subjects that are right, the loss, and what the model does elsewhere."""
+    found = counted(name, subject_hits(rows, right(ready, rows)), loss=mean_loss(ready, rows))
     away = elsewhere(ready.model, ready.tokenizer)
     if len(away["continents"]):
-        found |= {"continents": int(away["continents"].sum())}
+        found |= {"continents": int(away["continents"].sum()), "countries": len(away["continents"])}
     return found | {"perplexity": away["perplexity"], **more}
 
 
 def answers(ready, kind, rows):
-    """{subject: what greedy decoding answers} for three of the rows; in a template an answer ends with its line."""
-    subjects = list(dict.fromkeys(subject for subject, _ in rows))[:3]
-    texts = says(ready, subjects, min(WRITTEN, max(len(answer) for _, answer in rows)))
+    """{subject: (what greedy decoding answers, is it right)} for ten subjects; in a template an answer is a line."""
+    few = dict.fromkeys(subject for subject, _ in rows)
+    few = [row for row in rows if row[0] in list(few)[:EXAMPLES]]
+    hits = dict(zip(dict.fromkeys(subject for subject, _ in few), subject_hits(few, right(ready, few)), strict=True))
+    texts = says(ready, list(hits), min(WRITTEN, max(len(answer) for _, answer in few)))
     texts = [text.partition("\n")[0] for text in texts] if kind == "facts" else texts
-    return dict(zip(subjects, texts, strict=True))
+    return {subject: (text, bool(hit)) for (subject, hit), text in zip(hits.items(), texts, strict=True)}
+
+
+def wanted(mine):
+    """{subject: its answers} of the test examples, as texts."""
+    found = {}
+    for subject, answer in mine.splits["test"]:
+        found[subject] = f"{found[subject]} / {answer}" if subject in found else answer
+    return found
+
+
+def legend(mine):
+    """What the columns of a reader's table mean, in a few lines."""
+    exact = "the reply is the same, word for word" if mine.kind == "chats" else "what is said begins with the answer"
+    return [
+        f"right: {exact}; in brackets an interval of 95 %. loss: of a token of the wanted answer, lower is better.",
+        "continents, of 160 countries, and perplexity, of 100 English sentences, lower is better: nobody trained on",
+        "them, so they show what else the training changed. A prompt's vectors leave the model itself as it is.",
+    ]
 
 
 def score_for(kind):
@@ -130,24 +155,48 @@ def three_rates(method):
     return [float(f"{USUAL[method] * factor:.0e}") for factor in (1 / 3, 1, 3)]
 
 
+def checked_rates(method, rates):
+    """The rates as a list of positive numbers; None gives the ledger's and its neighbours."""
+    rates = three_rates(method) if rates is None else [rates] if isinstance(rates, Real) else list(rates)
+    if not rates or any(not isinstance(lr, Real) or not 0 < lr < math.inf for lr in rates):
+        raise ValueError(f"rates are {rates!r}; give positive numbers, e.g. [3e-4, 1e-3]")
+    return rates
+
+
+def seconds_a_step(ready, rows):
+    """How long a forward and a backward pass take here."""
+    start = time.perf_counter()
+    loss_of(ready, rows).backward()
+    for weight in ready.weights():
+        weight.grad = None
+    return time.perf_counter() - start
+
+
 def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=60, seed=0, progress=True):
     """Train a method on a reader's own examples, and print what it brought.
 
+    It is trained at each rate, and the best on the examples to choose on is tested.
+
     Args:
         path: of a JSONL file, see `data.load_mine`.
-        method: a name from `methods.METHODS`.
-        template: for subjects and answers: text with `[X]` and `[Y]`, which stands last; else a plain one.
-        model: a name that `load_lm` takes; rates: to choose from on dev, else the ledger's and its neighbours.
-        steps: of each training.
+        method: "prompt tuning", "P-tuning, BiLSTM", "LoRA", "QLoRA", "LOMO" or another name from `methods.METHODS`.
+        template: for subjects and answers: text with `[X]` and, last, `[Y]`, e.g. "The capital of [X] is [Y]."; else
+            "Question: [X]" and "Answer: [Y]" on two lines.
+        model: a name that `load_lm` takes; rates: learning rates, or one; else the ledger's for this method, a third
+            of it and three times it.
+        steps: of each training; seed: of the splits and of what is drawn; progress: show bars.
 
     Returns:
         The reader's row, for `evaluate.ledger(rows, mine=…)`.
 
     Raises:
-        ValueError: see `load_mine`, `prepare` and `template_for`.
+        ValueError: an unknown method, rates or steps that make no sense; see also `load_mine`, `prepare` and
+            `template_for`.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    check_method(method)
+    rates = checked_rates(method, rates)
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; give a whole number of 1 or more")
     mine = load_mine(path, seed)
     print(mine.said)
     lm, tokenizer = load_lm(model)
@@ -155,27 +204,29 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
     asked = Ready("asked", lm, tokenizer, template, trained=lm)
     before = answers(asked, mine.kind, rows["test"])
     first = row_of("asked", asked, rows["test"], kept_bytes=len(template.encode()))
-    del asked
-    rates = rates or three_rates(method)
-    best, start = None, time.perf_counter()
+    best = None
     for lr in rates:
         ready = prepare(method, load_lm(model)[0], tokenizer, template, seed)
         size = batch_size_for(ready, rows["train"])
         if best is None:
-            print(f"{len(rates)} trainings of {steps} steps, {size} examples each: some minutes. Rates: {rates}.")
+            guess = len(rates) * steps * 1.5 * seconds_a_step(ready, rows["train"][:size]) / 60
+            times = "time" if len(rates) == 1 else "times"
+            print(f"\n{method}, {len(rates)} {times} {steps} steps of {size} examples: about {guess:.0f} min here.")
         done = fit(ready, rows["train"], rows["dev"], lr, steps, seed, size, 10, score_for(mine.kind), progress)
+        hits = share_right(ready, rows["dev"]) * len(rows["dev"])
+        print(f"rate {lr:g}: {hits:.0f} of {len(rows['dev'])} to choose on right, best after step {done.step}")
         if best is None or done.dev > best[0]:
             best = done.dev, done, lr, ready
     _, done, lr, ready = best
     trained = sum(weight.numel() for weight in ready.weights())
     more = {"trained": trained, "kept_bytes": 4 * ready.kept(), "lr": lr, "seconds": done.seconds}
     row = row_of(f"{method}, yours", ready, rows["test"], **more)
-    columns = ("right", "continents", "perplexity", "kept a task", "rate", "minutes")
-    print(
-        f"\nOf {row['subjects']} {MINE[mine.kind][0]}s to test on, in {(time.perf_counter() - start) / 60:.1f} minutes:"
-    )
-    print(ledger([most_frequent(mine), first, row], columns=columns).to_string())
-    wanted, after = dict(reversed(mine.splits["test"])), answers(ready, mine.kind, rows["test"])
-    for subject, said in before.items():
-        print(f"\n{subject}\n  before: {said}\n  after:  {after[subject]}\n  wanted: {wanted[subject]}")
+    print(f"\nRate {lr:g} is chosen. The examples to test on:")
+    print(ledger([most_frequent(mine), first, row], columns=COLUMNS).to_string())
+    print(*legend(mine), sep="\n")
+    after, right_answers = answers(ready, mine.kind, rows["test"]), wanted(mine)
+    for subject, (said, hit) in before.items():
+        later, hit_later = after[subject]
+        print(f"\n{subject}\n  before {'✓' if hit else '✗'} {said}\n  after  {'✓' if hit_later else '✗'} {later}")
+        print(f"  wanted   {right_answers[subject]}")
     return row
