@@ -29,13 +29,14 @@ from tuning.models import load_lm
 from tuning.training import train
 from tuning.yours import (
     COLUMNS,
-    answers,
+    always_the_most_frequent,
     batch_size_for,
     legend,
     mean_loss,
-    most_frequent,
-    row_of,
+    nothing_changed,
+    score_for,
     template_for,
+    tested,
     wanted,
     with_ids,
 )
@@ -137,25 +138,22 @@ def tune(settings, mine, lr, folder):
     rows = with_ids(tokenizer, mine)
     ready = Ready("LoRA", model, tokenizer, template_for(tokenizer, mine.kind, settings.template), trained=model)
 
-    def score():
-        if mine.kind == "facts":
-            return right(ready, rows["dev"]).double().mean().item()
-        return -mean_loss(ready, rows["dev"])
-
+    score = score_for(mine.kind)
     done = train(
         model,
         lambda batch: loss_of(ready, batch),
         rows["train"],
         lr,
         settings.steps,
-        score,
+        lambda: score(ready, rows["dev"]),
         batch_size=batch_size_for(ready, rows["train"]),
         seed=settings.seed,
         every=max(1, settings.steps // 6),
         checkpoint=folder.with_name(folder.name + ".pt"),
     )
     replace_folder(folder, model.save_pretrained)
-    found = {"lr": lr, "dev": done.best_score, "loss": mean_loss(ready, rows["dev"]), "step": done.best_step}
+    found = {"lr": lr, "dev": done.best_score, "step": done.best_step}
+    found |= {"right": right(ready, rows["dev"]).sum().item(), "loss": mean_loss(ready, rows["dev"])}
     found |= {"seconds": done.seconds, "stopped": done.stopped, "losses": done.losses}
     return found | {"trained": sum(weight.numel() for weight in ready.weights()), "kept_bytes": 4 * ready.kept()}
 
@@ -169,33 +167,40 @@ def replace_folder(folder, write):
     temporary.rename(folder)
 
 
-def tested(settings, mine, name, folder=None, **more):
-    """The row of the model, or of an adapter in `folder`, and what it says to three of the examples to test on."""
+def test(settings, mine, name, folder=None, **more):
+    """The row of the model, or of an adapter in `folder`, and what it says to ten of the examples to test on."""
     model, tokenizer = load_lm(settings.model) if folder is None else adapted(settings, folder)
-    rows = with_ids(tokenizer, mine)["test"]
     template = template_for(tokenizer, mine.kind, settings.template)
     ready = Ready(name, model, tokenizer, template, trained=model)
-    row = row_of(name, ready, rows, **({"kept_bytes": len(template.encode())} | more))
-    return {"row": row, "says": answers(ready, mine.kind, rows)}
+    row, said = tested(name, ready, mine.kind, with_ids(tokenizer, mine)["test"], **more)
+    return {"row": row, "says": said}
 
 
 def report(settings, mine, table, before, tried, best, after):
     """The run as Markdown."""
-    measure = "share right" if mine.kind == "facts" else "minus the loss"
     lines = [f"# {settings.method} on {settings.data.name}", "", *mine.said.splitlines(), ""]
     lines += [f"Model {settings.model}; rank {settings.rank}, alpha {settings.alpha}, {settings.steps} steps, "]
     lines[-1] += f"seed {settings.seed}; peft {version('peft')}, transformers {version('transformers')}."
-    lines += ["", "The examples to test on:", "", *markdown(table), "", *legend(mine), ""]
+    lines += [
+        "",
+        "The examples to test on:",
+        "",
+        *markdown(table),
+        "",
+        *nothing_changed(best["step"]),
+        *legend(mine),
+        "",
+    ]
     lines += [
         "## Rates",
         "",
-        f"| rate | {measure}, to choose on | loss there | best step |",
+        f"| rate | right, of {len(mine.splits['dev'])} to choose on | loss there | best step |",
         "| --- | --- | --- | --- |",
     ]
     for one in tried:
         mark = " **chosen**" if one is best else ""
         fault = f" {one['stopped']}" if one["stopped"] else ""
-        lines.append(f"| {one['lr']:g}{mark}{fault} | {one['dev']:.3f} | {one['loss']:.3f} | {one['step']} |")
+        lines.append(f"| {one['lr']:g}{mark}{fault} | {one['right']} | {one['loss']:.3f} | {one['step']} |")
     lines += ["", "## Answers", "", "| asked | before | after | wanted |", "| --- | --- | --- | --- |"]
     right_answers = wanted(mine)
     for subject, said in before["says"].items():
@@ -223,21 +228,21 @@ def run(settings):
     print(mine.said)
     settings.output.mkdir(parents=True, exist_ok=True)
     state = State(settings)
-    before = state.once("asked", lambda: tested(settings, mine, "asked"))
+    before = state.once("asked", lambda: test(settings, mine, "asked"))
     print(f"{len(settings.rates)} rates, {settings.steps} steps each.", flush=True)
     tried = [
         state.once(f"rate/{lr:g}", lambda lr=lr: tune(settings, mine, lr, settings.output / f"rate-{lr:g}"))
         for lr in settings.rates
     ]
-    best = max(tried, key=lambda one: (one["dev"], -one["loss"]))
+    best = max(tried, key=lambda one: one["dev"])
     folder = settings.output / f"rate-{best['lr']:g}"
     more = {name: best[name] for name in ("lr", "seconds", "trained", "kept_bytes")}
-    after = state.once("tuned", lambda: tested(settings, mine, settings.method, folder, **more))
+    after = state.once("tuned", lambda: test(settings, mine, settings.method, folder, **more))
     replace_folder(settings.output / "adapter", lambda new: shutil.copytree(folder, new))
     path = settings.output / "report.md"
-    table = ledger([most_frequent(mine), before["row"], after["row"]], columns=COLUMNS)
+    table = ledger([always_the_most_frequent(mine), before["row"], after["row"]], columns=COLUMNS)
     write_text(path, report(settings, mine, table, before, tried, best, after))
-    print(table.to_string())
+    print(table.to_string(), *nothing_changed(best["step"]), sep="\n")
     print(f"report: {path}")
     return path
 

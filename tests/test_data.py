@@ -310,6 +310,15 @@ def test_mine_that_cannot_be_used(tmp_path, rows, fault):
         mine(tmp_path, rows)
 
 
+def test_mine_in_another_encoding(tmp_path):
+    (tmp_path / "mine.jsonl").write_bytes('{"subject": "Zürich", "answer": "German"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"line 1 is not UTF-8 \(.*\); save the file as UTF-8$"):
+        load_mine(tmp_path / "mine.jsonl")
+    (tmp_path / "mine.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"holds no rows; expected one JSON object a line, such as \{\"subject"):
+        load_mine(tmp_path / "mine.jsonl")
+
+
 def test_mine_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*mine.jsonl; give a JSONL file of your own"):
         load_mine(tmp_path / "mine.jsonl")

@@ -15,7 +15,7 @@ from tuning.lora import add_lora
 from tuning.methods import Ready, loss_of, right
 from tuning.models import load_lm
 from tuning.training import train
-from tuning.yours import mean_loss, with_ids
+from tuning.yours import mean_loss, score_for, with_ids
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEMPLATE = "The official language of [X] is [Y]."
@@ -113,13 +113,14 @@ def test_the_same_numbers_as_the_books_lora_from_the_same_start(settings, tmp_pa
         rows["train"],
         5e-2,
         6,
-        lambda: right(ready, rows["dev"]).double().mean().item(),
+        lambda: score_for(mine.kind)(ready, rows["dev"]),
         batch_size=16,
         seed=1,
         every=1,
     )
     torch.testing.assert_close(torch.tensor(theirs["losses"]), torch.tensor(done.losses), atol=1e-4, rtol=1e-5)
-    assert theirs["dev"] == done.best_score and theirs["step"] == done.best_step
+    assert theirs["dev"] == pytest.approx(done.best_score, rel=1e-5) and theirs["step"] == done.best_step
+    assert theirs["right"] == right(ready, rows["dev"]).sum().item()
     assert theirs["loss"] == pytest.approx(mean_loss(ready, rows["dev"]), rel=1e-4)
     assert theirs["trained"] == sum(w.numel() for w in model.parameters() if w.requires_grad)
     assert theirs["losses"][-1] < theirs["losses"][0] - 0.1
@@ -164,6 +165,25 @@ def test_a_killed_run_goes_on_where_it_was(settings, tmp_path, monkeypatch, poin
         return [done[f"rate/{rate}"][name] for rate in ("0.01", "0.05") for name in ("dev", "step", "losses")]
 
     assert numbers("out") == numbers("whole")
+
+
+def test_where_nothing_is_right_the_lower_loss_is_kept(settings, tmp_path):
+    """Answers of several tokens are seldom right at once: the share right alone would keep the untrained state."""
+    lines = [json.dumps({"subject": f"city {n}", "answer": f"a longer answer of {n % 5}"}) for n in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    path = tune.run(tune.read_settings(settings(rates=[1e-2], steps=6)))
+    done = json.loads((tmp_path / "out/state.json").read_text(encoding="utf-8"))
+    assert done["rate/0.01"]["right"] == 0 and done["rate/0.01"]["step"] > 0
+    saved = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    assert all(weight.any() for name, weight in saved.items() if "lora_B" in name)
+    assert "Nothing was learned" not in path.read_text(encoding="utf-8")
+
+
+def test_a_training_that_brings_nothing_is_told(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "score_for", lambda kind: lambda ready, dev: 0.0)  # the first state wins a tie
+    text = tune.run(tune.read_settings(settings(rates=[1e-2], steps=2))).read_text(encoding="utf-8")
+    told = "Nothing was learned: the state before the first step was the best. Try other rates, or more steps."
+    assert told in text and told in capsys.readouterr().out
 
 
 def test_questions_and_replies(settings, tmp_path):

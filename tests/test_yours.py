@@ -1,6 +1,7 @@
 """A reader's own examples: what is asked, scored and printed; on a tiny model, and once on the real one."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from tuning.prompts import encode
 from tuning.yours import (
     PLAIN,
     USUAL,
+    always_the_most_frequent,
     batch_size_for,
     checked_rates,
     counted,
     mean_loss,
-    most_frequent,
+    score_for,
     subject_hits,
     template_for,
     with_ids,
@@ -32,6 +34,16 @@ CAPITALS = "The capital of [X] is the city of [Y]."
 def write(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@contextmanager
+def dropped_out(model):
+    """The model in training mode, in which its dropout is on."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 @pytest.fixture
@@ -109,13 +121,13 @@ def test_a_model_without_a_chat_format_cannot_be_asked_questions(bert):
 def test_a_subject_is_right_with_one_of_its_answers():
     rows = [("Belgium", [1]), ("Peru", [2]), ("Belgium", [3]), ("Chad", [4]), ("Chad", [5])]
     hits = torch.tensor([False, True, True, False, False])
-    assert subject_hits(rows, hits).tolist() == [1, 1, 0]
+    assert subject_hits(rows, hits) == {"Belgium": True, "Peru": True, "Chad": False}
 
 
 def test_the_most_frequent_answer_is_the_one_to_beat(tmp_path):
     rows = [{"subject": f"s{n}", "answer": "English" if n % 3 else "French"} for n in range(60)]
     mine = load_mine(write(tmp_path / "mine.jsonl", rows))
-    row = most_frequent(mine)
+    row = always_the_most_frequent(mine)
     assert row["right"][0] == sum(answer == "English" for _, answer in mine.splits["test"]) and row["subjects"] == 12
 
 
@@ -131,7 +143,21 @@ def test_the_mean_loss_counts_every_row(gpt2):
     ready = Ready("asked", *gpt2, CAPITALS, trained=gpt2[0])
     rows = [("Peru", [7]), ("Chad", [9]), ("Mali", [11]), ("Cuba", [13])]
     one_by_one = sum(loss_of(ready, [row]).item() for row in rows) / 4
-    assert mean_loss(ready, rows, batch_size=2) == pytest.approx(one_by_one, rel=1e-5)
+    for size in (2, 3):  # the last batch may be smaller
+        assert mean_loss(ready, rows, batch_size=size) == pytest.approx(one_by_one, rel=1e-5)
+    with dropped_out(gpt2[0]):
+        assert mean_loss(ready, rows) == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_more_right_is_better_and_of_as_many_the_lower_loss(monkeypatch):
+    hits, loss = [3, 3, 4], [2.0, 1.0, 9.0]
+    scores = []
+    for count, value in zip(hits, loss, strict=True):
+        monkeypatch.setattr(tuning.yours, "right", lambda ready, dev, n=count: torch.arange(10) < n)
+        monkeypatch.setattr(tuning.yours, "mean_loss", lambda ready, dev, v=value: v)
+        scores.append([score_for(kind)(None, None) for kind in ("facts", "chats")])
+    facts, chats = zip(*scores, strict=True)
+    assert facts[0] < facts[1] < facts[2] and chats == (-2.0, -1.0, -9.0)
 
 
 def test_the_usual_rates_are_those_that_the_ledger_chose():
@@ -147,7 +173,7 @@ def test_the_usual_rates_are_those_that_the_ledger_chose():
     ("method", "options", "fault"),
     [
         ("lora", {}, r"unknown method 'lora'; did you mean 'LoRA'\? There are 'prompt tuning', .*'P-tuning, BiLSTM'"),
-        ("magic", {}, "unknown method 'magic' There are 'prompt tuning'"),
+        ("magic", {}, "unknown method 'magic'. There are 'prompt tuning'"),
         ("LoRA", {"rates": []}, r"rates are \[\]; give positive numbers"),
         ("LoRA", {"rates": ["fast"]}, r"rates are \['fast'\]; give positive numbers"),
         ("LoRA", {"rates": -1e-3}, r"rates are \[-0.001\]; give positive numbers"),
@@ -166,9 +192,9 @@ def test_one_rate_is_a_list_of_one():
 
 
 def test_of_few_subjects_none_right_is_not_certainly_none():
-    row = counted("LoRA", torch.zeros(8))
+    row = counted("LoRA", dict.fromkeys(range(8), False))
     assert row["right"][:2] == [0, 0] and 2 < row["right"][2] < 3  # Wilson: 0.32
-    assert counted("LoRA", torch.ones(8))["right"][1] == pytest.approx(8 - row["right"][2])
+    assert counted("LoRA", dict.fromkeys(range(8), True))["right"][1] == pytest.approx(8 - row["right"][2])
 
 
 def test_languages_are_learned_by_the_real_model(tmp_path):

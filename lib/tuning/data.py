@@ -240,16 +240,11 @@ def load_mine(path, seed=0):
     if not path.is_file():
         fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
         raise FileNotFoundError(f"{fault}; give a JSONL file of your own, one example a line, such as {EXAMPLE}")
-    kind, pairs, again = None, {}, 0
-    try:
-        numbered = numbered_rows(path, ())
-    except ValueError as error:
-        raise ValueError(f"{error}, such as {EXAMPLE}") from error
-    for number, row in numbered:
+    kind, lines = None, []
+    for number, row in numbered_rows(path, (), f", such as {EXAMPLE}"):
         kind = kind or next((one for one, keys in MINE.items() if all(key in row for key in keys)), None)
-        pair = _my_pair(f"{path}, line {number}", row, kind)
-        again += pair in pairs
-        pairs[pair] = number
+        lines.append(_my_pair(f"{path}, line {number}", row, kind))
+    pairs = list(dict.fromkeys(lines))
     if not FEWEST <= len(pairs) <= MOST:
         advice = "collect more of them" if len(pairs) < FEWEST else "draw a sample of them"
         raise ValueError(
@@ -269,7 +264,7 @@ def load_mine(path, seed=0):
         raise ValueError(f"{path} has only {len(order)} different {name}s; five at least are needed, to test on others")
     parts = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}
     splits = {split: [pair for one in parts[split] for pair in subjects[one]] for split in ("train", "dev", "test")}
-    return Mine(kind, splits, _said(path, kind, splits, subjects, again))
+    return Mine(kind, splits, _said(path, kind, splits, subjects, len(lines) - len(pairs)))
 
 
 def _my_pair(place, row, kind):
@@ -335,12 +330,12 @@ def read_jsonl(path, needed):
         ValueError: no rows, or a line that is not UTF-8 or no JSON object with these keys; the message names file and
             line.
     """
-    return [row for _, row in numbered_rows(path, needed)]
+    return [row for _, row in numbered_rows(path, needed, f" with {', '.join(needed)}")]
 
 
-def numbered_rows(path, needed):
-    """`read_jsonl`, as a list of (line number, row)."""
-    rows, expected = [], f" with {', '.join(needed)}" if needed else ""
+def numbered_rows(path, needed, expected):
+    """`read_jsonl`, as a list of (line number, row); `expected` is what its messages say of a right row."""
+    rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -351,7 +346,7 @@ def numbered_rows(path, needed):
                 continue
             try:
                 row = json.loads(text)
-                missing = [key for key in needed if not isinstance(row, dict) or key not in row]
+                missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
                 fault = f"has no {', '.join(missing)}" if missing else None
                 fault = fault or (None if isinstance(row, dict) else "holds no object")
             except json.JSONDecodeError as error:
@@ -360,7 +355,7 @@ def numbered_rows(path, needed):
                 raise ValueError(f"{path}, line {number} {fault}; expected an object{expected}")
             rows.append((number, row))
     if not rows:
-        raise ValueError(f"{path} holds no rows; expected one JSON object a line{expected and ',' + expected}")
+        raise ValueError(f"{path} holds no rows; expected one JSON object a line,{expected.removeprefix(',')}")
     return rows
 
 

@@ -172,6 +172,11 @@ def facts_with_ids(tokenizer, relation, fold=0, limit=None):
     }
 
 
+def most_frequent(answers):
+    """The answer that occurs most often; of several the first in order."""
+    return max(sorted(set(answers)), key=answers.count)
+
+
 def balanced(rows, count, seed):
     """`count` of the (text, label) rows, half of label 0 and half of 1, drawn by `seed`; all if `count` is None."""
     if count is None:
@@ -186,27 +191,37 @@ def balanced(rows, count, seed):
 UNTOUCHED = ("P30", "[X] is located in the continent of [Y].")  # what no page trains on
 
 
+def one_token_facts(tokenizer, facts):
+    """(subject, answer's token id) of the facts whose answer is one token for this model."""
+    found = []
+    for row in facts:
+        with suppress(ValueError):
+            found.append((row["sub_label"], answer_id(tokenizer, row["obj_label"])))
+    return found
+
+
+def untouched_hits(model, tokenizer, limit=None):
+    """(n,) bool: the continents of countries, those that are one token of this tokenizer; `limit` countries at most."""
+    relation, template = UNTOUCHED
+    facts = [fact for rows in load_facts(relation).values() for fact in one_token_facts(tokenizer, rows)][:limit]
+    if not facts:
+        return torch.zeros(0, dtype=torch.bool)
+    prompts = [encode(tokenizer, template, subject) for subject, _ in facts]
+    return share_right(answer_logits(model, tokenizer, prompts), facts)
+
+
 def elsewhere(model, tokenizer, limit=None):
     """What a model does where nobody trained it: which continents of countries are right, and perplexity of sentences.
 
     Returns:
-        {"continents": (n,) bool, "perplexity": a float}.
-
-    Countries are left out whose continent is more than one token of this tokenizer. The sentences are those of the
-    word-in-context pairs; a masked model has no perplexity.
+        {"continents": as `untouched_hits`, "perplexity": a float, None for a masked model}. The sentences are 100 of
+        the word-in-context pairs'.
     """
-    relation, template = UNTOUCHED
-    facts = []
-    for rows in load_facts(relation).values():
-        for row in rows:
-            with suppress(ValueError):
-                facts.append((row["sub_label"], answer_id(tokenizer, row["obj_label"])))
-    hits = torch.zeros(0, dtype=torch.bool)
-    if facts := facts[:limit]:
-        prompts = [encode(tokenizer, template, subject) for subject, _ in facts]
-        hits = share_right(answer_logits(model, tokenizer, prompts), facts)
     sentences = [row["sentence1"] for row in load_wic()["test"]][: min(100, limit or 100)]
-    return {"continents": hits, "perplexity": perplexity(model, tokenizer, sentences)}
+    return {
+        "continents": untouched_hits(model, tokenizer, limit),
+        "perplexity": perplexity(model, tokenizer, sentences),
+    }
 
 
 def in_bytes(count):

@@ -123,7 +123,7 @@ def check_method(method):
     if method not in METHODS:
         near = difflib.get_close_matches(str(method).lower(), [name.lower() for name in METHODS], 1)
         meant = [f"; did you mean {name!r}?" for name in METHODS if [name.lower()] == near]
-        raise ValueError(f"unknown method {method!r}{''.join(meant)} There are {', '.join(map(repr, METHODS))}")
+        raise ValueError(f"unknown method {method!r}{''.join(meant) or '.'} There are {', '.join(map(repr, METHODS))}")
 
 
 def prompt_encoder(method, model, tokenizer, template):
@@ -235,6 +235,7 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, sco
     try:
         for step in range(steps + 1):
             if dev and (step % every == 0 or step == steps):
+                ready.trained.eval()
                 now = score(ready, dev)
                 found.scores.append([step, now])
                 if found.dev is None or now > found.dev:

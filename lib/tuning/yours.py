@@ -11,14 +11,15 @@ import time
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 from .chat import encode_chat
 from .data import load_mine
-from .evaluate import elsewhere, ledger
-from .methods import BATCH, Ready, check_method, fit, loss_of, prepare, right, says, share_right
+from .evaluate import elsewhere, ledger, most_frequent
+from .methods import BATCH, Ready, answer_logits_and_labels, check_method, fit, loss_of, prepare, right, says
 from .models import load_lm
-from .prompts import tokens_of
+from .prompts import evaluating, tokens_of
 
 __all__ = ["yours"]
 
@@ -75,54 +76,61 @@ def batch_size_for(ready, rows):
     return max(1, min(BATCH, len(rows), TOKENS // (longest + len(tokens_of(ready.tokenizer, ready.template)))))
 
 
+@torch.no_grad()
 def mean_loss(ready, rows, batch_size=BATCH):
-    """-log p of an answer's token, the mean over batches of like size."""
-    with torch.no_grad():
-        parts = [loss_of(ready, rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return sum(part.item() for part in parts) / len(parts)
+    """The mean over all answers' tokens of -log p."""
+    total, count = 0.0, 0
+    with evaluating(ready.model):
+        for start in range(0, len(rows), batch_size):
+            logits, labels = answer_logits_and_labels(ready, rows[start : start + batch_size])
+            total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+            count += (labels >= 0).sum().item()
+    return total / count
 
 
 def subject_hits(rows, hits):
-    """(subjects,) float64: has the subject at least one of its answers?"""
+    """{subject: has it at least one of its answers?}"""
     found = {}
-    for (subject, _), hit in zip(rows, hits.tolist(), strict=True):
-        found[subject] = found.get(subject, False) or hit
-    return torch.tensor(list(found.values())).double()
+    for (subject, _), hit in zip(rows, hits, strict=True):
+        found[subject] = found.get(subject, False) or bool(hit)
+    return found
 
 
 def counted(name, hits, **more):
     """A row that says how many subjects are right, with Wilson's interval, which is right for few subjects too."""
-    n, k = len(hits), int(hits.sum())
+    n, k = len(hits), sum(hits.values())
     interval = stats.binomtest(k, n).proportion_ci(method="wilson")
     return {"method": name, "chapter": 0, "subjects": n, "right": [k, n * interval.low, n * interval.high], **more}
 
 
-def most_frequent(mine):
+def always_the_most_frequent(mine):
     """The row of always giving the answer that is the most frequent in training: what every method has to beat."""
-    answers = [answer for _, answer in mine.splits["train"]]
-    answer = max(sorted(set(answers)), key=answers.count)
+    answer = most_frequent([answer for _, answer in mine.splits["train"]])
     rows = mine.splits["test"]
-    hits = subject_hits(rows, torch.tensor([given == answer for _, given in rows]))
+    hits = subject_hits(rows, [given == answer for _, given in rows])
     return counted("most frequent answer", hits, kept_bytes=len(answer.encode()))
 
 
-def row_of(name, ready, rows, **more):
-    """A row for `evaluate.ledger`: test subjects that are right, the loss, and what the model does elsewhere."""
-    found = counted(name, subject_hits(rows, right(ready, rows)), loss=mean_loss(ready, rows))
+def tested(name, ready, kind, rows, **more):
+    """A row for `evaluate.ledger`, and `answers`: subjects that are right, the loss, and what the model does elsewhere.
+
+    Without other numbers what is kept is the template.
+    """
+    hits = subject_hits(rows, right(ready, rows))
+    row = counted(name, hits, loss=mean_loss(ready, rows), kept_bytes=len(ready.template.encode()))
     away = elsewhere(ready.model, ready.tokenizer)
     if len(away["continents"]):
-        found |= {"continents": int(away["continents"].sum()), "countries": len(away["continents"])}
-    return found | {"perplexity": away["perplexity"], **more}
+        row |= {"continents": int(away["continents"].sum()), "countries": len(away["continents"])}
+    return row | {"perplexity": away["perplexity"], **more}, answers(ready, kind, rows, hits)
 
 
-def answers(ready, kind, rows):
+def answers(ready, kind, rows, hits):
     """{subject: (what greedy decoding answers, is it right)} for ten subjects; in a template an answer is a line."""
-    few = dict.fromkeys(subject for subject, _ in rows)
-    few = [row for row in rows if row[0] in list(few)[:EXAMPLES]]
-    hits = dict(zip(dict.fromkeys(subject for subject, _ in few), subject_hits(few, right(ready, few)), strict=True))
-    texts = says(ready, list(hits), min(WRITTEN, max(len(answer) for _, answer in few)))
+    few = list(hits)[:EXAMPLES]
+    length = max(len(answer) for subject, answer in rows if subject in few)
+    texts = says(ready, few, min(WRITTEN, length))
     texts = [text.partition("\n")[0] for text in texts] if kind == "facts" else texts
-    return {subject: (text, bool(hit)) for (subject, hit), text in zip(hits.items(), texts, strict=True)}
+    return {subject: (text, hits[subject]) for subject, text in zip(few, texts, strict=True)}
 
 
 def wanted(mine):
@@ -138,16 +146,25 @@ def legend(mine):
     exact = "the reply is the same, word for word" if mine.kind == "chats" else "what is said begins with the answer"
     return [
         f"right: {exact}; in brackets an interval of 95 %. loss: of a token of the wanted answer, lower is better.",
-        "continents, of 160 countries, and perplexity, of 100 English sentences, lower is better: nobody trained on",
-        "them, so they show what else the training changed. A prompt's vectors leave the model itself as it is.",
+        "continents of countries, and perplexity of 100 English sentences, lower is better: nobody trained on them,",
+        "so they show what else the training changed. A prompt's vectors leave the model itself as it is.",
     ]
 
 
 def score_for(kind):
-    """What is to be large on dev. Facts: the share right, and of equals the lower loss. Replies: minus the loss."""
-    if kind == "facts":
-        return lambda ready, dev: (share_right(ready, dev), -mean_loss(ready, dev))
-    return lambda ready, dev: (-mean_loss(ready, dev),)
+    """A function from what is ready and dev to what is to be large.
+
+    Facts: how many are right; of as many, the lower loss. Replies: minus the loss.
+    """
+    if kind == "facts":  # 1 / (1 + loss) lies between 0 and 1, so that it decides between equals only
+        return lambda ready, dev: right(ready, dev).sum().item() + 1 / (1 + mean_loss(ready, dev))
+    return lambda ready, dev: -mean_loss(ready, dev)
+
+
+def nothing_changed(step):
+    """A warning, in a list, if the state before the first step was the best; else nothing."""
+    told = "Nothing was learned: the state before the first step was the best. Try other rates, or more steps."
+    return [] if step else [told]
 
 
 def three_rates(method):
@@ -202,8 +219,7 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
     lm, tokenizer = load_lm(model)
     template, rows = template_for(tokenizer, mine.kind, template), with_ids(tokenizer, mine)
     asked = Ready("asked", lm, tokenizer, template, trained=lm)
-    before = answers(asked, mine.kind, rows["test"])
-    first = row_of("asked", asked, rows["test"], kept_bytes=len(template.encode()))
+    first, before = tested("asked", asked, mine.kind, rows["test"])
     best = None
     for lr in rates:
         ready = prepare(method, load_lm(model)[0], tokenizer, template, seed)
@@ -213,18 +229,20 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
             times = "time" if len(rates) == 1 else "times"
             print(f"\n{method}, {len(rates)} {times} {steps} steps of {size} examples: about {guess:.0f} min here.")
         done = fit(ready, rows["train"], rows["dev"], lr, steps, seed, size, 10, score_for(mine.kind), progress)
-        hits = share_right(ready, rows["dev"]) * len(rows["dev"])
-        print(f"rate {lr:g}: {hits:.0f} of {len(rows['dev'])} to choose on right, best after step {done.step}")
+        hits = right(ready, rows["dev"]).sum()
+        print(f"rate {lr:g}: {hits} of {len(rows['dev'])} to choose on right, best after step {done.step}")
         if best is None or done.dev > best[0]:
             best = done.dev, done, lr, ready
     _, done, lr, ready = best
     trained = sum(weight.numel() for weight in ready.weights())
     more = {"trained": trained, "kept_bytes": 4 * ready.kept(), "lr": lr, "seconds": done.seconds}
-    row = row_of(f"{method}, yours", ready, rows["test"], **more)
+    row, after = tested(f"{method}, yours", ready, mine.kind, rows["test"], **more)
     print(f"\nRate {lr:g} is chosen. The examples to test on:")
-    print(ledger([most_frequent(mine), first, row], columns=COLUMNS).to_string())
+    for line in nothing_changed(done.step):
+        print(line)
+    print(ledger([always_the_most_frequent(mine), first, row], columns=COLUMNS).to_string())
     print(*legend(mine), sep="\n")
-    after, right_answers = answers(ready, mine.kind, rows["test"]), wanted(mine)
+    right_answers = wanted(mine)
     for subject, (said, hit) in before.items():
         later, hit_later = after[subject]
         print(f"\n{subject}\n  before {'✓' if hit else '✗'} {said}\n  after  {'✓' if hit_later else '✗'} {later}")
