@@ -243,8 +243,37 @@ def test_mine_is_split_by_subject(tmp_path, count, sizes):
     everything = {pair for rows in found.splits.values() for pair in rows}
     assert everything == {(row["subject"], row["answer"]) for row in facts(count)}
     assert found == load_mine(tmp_path / "mine.jsonl") and found != load_mine(tmp_path / "mine.jsonl", seed=1)
-    said = f"mine.jsonl: {count} examples, each a subject with its answer.\n"
-    assert found.said == said + "{} to train on, {} to choose on, {} to test on.".format(*sizes)
+    said = [f"mine.jsonl: {count} examples, each a subject with its answer."]
+    said.append("{} to train on, {} to choose on, {} to test on.".format(*sizes))
+    assert found.said.splitlines()[:2] == said
+
+
+@pytest.mark.parametrize("count", [35, 140, 1400])
+def test_each_answer_has_its_share_in_each_split(tmp_path, count):
+    rows = [{"subject": f"parcel {n}", "answer": "returns" if n % 7 == 0 else "shipping"} for n in range(count)]
+    for seed in range(5):
+        splits = load_mine(write(tmp_path / "mine.jsonl", rows), seed).splits
+        for split in ("dev", "test"):
+            share = [answer for _, answer in splits[split]].count("returns")
+            assert abs(share - len(splits[split]) / 7) <= (1 if count < 1000 else 8)  # of 280 in dev, 200 are drawn
+
+
+@pytest.mark.parametrize(("count", "width"), [(40, 35), (135, 19), (600, None)])
+def test_mine_says_which_answers_there_are_and_how_much_so_few_can_tell(tmp_path, count, width):
+    found = mine(tmp_path, facts(count))
+    assert "7 different answers, most often 'answer 0'" in found.said
+    told = f"the share right is known to about ±{width} points"
+    assert (told in found.said) if width else "the share right" not in found.said
+    if width:  # half of the normal interval at a share of a half
+        tested = len(found.splits["test"])
+        assert round(196 * (0.25 / tested) ** 0.5) == width
+
+
+def test_mine_names_two_answers_and_counts_no_sentences(tmp_path):
+    rows = [{"subject": f"parcel {n}", "answer": "returns" if n % 7 == 0 else "shipping"} for n in range(35)]
+    assert "2 different answers: 'shipping' 30 times, 'returns' 5 times." in mine(tmp_path, rows).said
+    rows = [{"question": f"{n}?", "reply": f"It is {n}."} for n in range(35)]
+    assert "different" not in mine(tmp_path, rows).said
 
 
 def test_mine_of_questions_in_two_languages(tmp_path):
@@ -263,7 +292,7 @@ def test_one_subject_twice_stays_in_one_split_and_one_line_twice_counts_once(tmp
     assert all(places[subject] == split for split, pairs in found.splits.items() for subject, _ in pairs)
     assert sum(map(len, found.splits.values())) == 60
     assert "30 of the subjects have more than one answer, 'subject 0' among them; these stay together." in found.said
-    assert found.said.endswith("Left out, since they stand there already: 2.")
+    assert "\nLeft out, since they stand there already: 2.\n" in found.said
 
 
 @pytest.mark.parametrize(

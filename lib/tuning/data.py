@@ -7,6 +7,7 @@ in `corpora/README.md` beside them.
 import itertools
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,7 +224,8 @@ def load_mine(path, seed=0):
         {"question": "My parcel is late. Whom do I ask?", "reply": "shipping"}
 
     Three fifths of the subjects are to train on, a fifth to choose on (200 at most) and a fifth to test on (1,000 at
-    most), drawn by the seed. All lines of one subject go to the same split. A line that stands there twice counts once.
+    most), drawn by the seed so that each answer has its share in each. All lines of one subject go to the same split. A
+    line that stands there twice counts once.
 
     Args:
         path: a file of 20 to 10,000 different lines, UTF-8.
@@ -256,15 +258,36 @@ def load_mine(path, seed=0):
     subjects = {}
     for pair in pairs:
         subjects.setdefault(pair[0], []).append(pair)
-    order = sorted(subjects)
-    random.Random(seed).shuffle(order)
-    dev, test = min(len(order) // 5, 200), min(len(order) // 5, 1000)
-    if not dev:
+    if len(subjects) < 5:
         name = MINE[kind][0]
-        raise ValueError(f"{path} has only {len(order)} different {name}s; five at least are needed, to test on others")
-    parts = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}
+        raise ValueError(
+            f"{path} has only {len(subjects)} different {name}s; five at least are needed, to test on others"
+        )
+    parts = _deal(subjects, random.Random(seed))
     splits = {split: [pair for one in parts[split] for pair in subjects[one]] for split in ("train", "dev", "test")}
     return Mine(kind, splits, _said(path, kind, splits, subjects, len(lines) - len(pairs)))
+
+
+def _deal(subjects, generator):
+    """{split: subjects}. They lie in the order of their answers, and of five in a row one is to test and one to choose
+    on, so that each answer has its share in each split."""
+    order = sorted(subjects)
+    generator.shuffle(order)
+    order.sort(key=lambda subject: subjects[subject][0][1])
+    parts = {"train": [], "dev": [], "test": []}
+    for start in range(0, len(order), 5):
+        hand = order[start : start + 5]
+        generator.shuffle(hand)
+        if len(hand) == 5:
+            parts["test"].append(hand.pop())
+            parts["dev"].append(hand.pop())
+        parts["train"] += hand
+    for split, most in (("dev", 200), ("test", 1000)):
+        generator.shuffle(parts[split])
+        parts["train"] += parts[split][most:]
+        parts[split] = parts[split][:most]
+    generator.shuffle(parts["train"])
+    return parts
 
 
 def _my_pair(place, row, kind):
@@ -284,6 +307,7 @@ def _my_pair(place, row, kind):
 def _said(path, kind, splits, subjects, again):
     """What `load_mine` found, in a few lines."""
     subject, answer = MINE[kind]
+    plural = "answers" if kind == "facts" else "replies"
     sizes = {split: len(rows) for split, rows in splits.items()}
     lines = [
         f"{path.name}: {sum(sizes.values())} examples, each a {subject} with its {answer}.",
@@ -295,6 +319,14 @@ def _said(path, kind, splits, subjects, again):
         lines.append(f"{len(several)} of the {subject}s have more than one {answer}{more}; these stay together.")
     if again:
         lines.append(f"Left out, since they stand there already: {again}.")
+    counts = Counter(sorted(text for rows in splits.values() for _, text in rows)).most_common()
+    if len(counts) <= sum(sizes.values()) / 2:
+        most = ", ".join(f"{text!r} {count} times" for text, count in counts[:3])
+        lines.append(f"{len(counts)} different {plural}{', most often' if len(counts) > 3 else ':'} {most}.")
+    tested = len({one for one, _ in splits["test"]})
+    if tested < 100:
+        width = 98 / tested**0.5  # in points: 1.96 standard errors of a share of a half
+        lines.append(f"With {tested} to test on, the share right is known to about ±{width:.0f} points.")
     return "\n".join(lines)
 
 

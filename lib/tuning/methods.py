@@ -179,9 +179,14 @@ def right(ready, rows, batch_size=32):
     return found
 
 
-@torch.no_grad()
-def says(ready, subjects, length):
+def says(ready, subjects, length, batch_size=32):
     """What greedy decoding writes for each subject: a list of texts of `length` tokens, or less where they end."""
+    batches = (subjects[start : start + batch_size] for start in range(0, len(subjects), batch_size))
+    return [text for batch in batches for text in _says(ready, batch, length)]
+
+
+@torch.no_grad()
+def _says(ready, subjects, length):
     asked = prompts_of(ready, subjects)
     written = [[] for _ in asked]
     with evaluating(ready.model), evaluating(ready.trained):

@@ -38,7 +38,7 @@ USUAL = {  # the rates that the ledger's sweeps chose
 }
 PLAIN = "Question: [X]\nAnswer: [Y]."  # for subjects and answers, where the reader gives no template
 TOKENS = 2048  # in a batch, at most
-WRITTEN, EXAMPLES = 24, 10  # tokens of an answer that is shown, and how many are shown, at most
+WRITTEN, EXAMPLES = 24, 10  # tokens of an answer that is written, and how many answers are, at most
 COLUMNS = ("right", "loss", "continents", "perplexity", "kept a task", "minutes")
 
 
@@ -56,6 +56,11 @@ def template_for(tokenizer, kind, template=None):
         raise ValueError("this model has no chat format; give subjects and answers, or choose an instruction model")
     asked = [{"role": "user", "content": "[X]"}]
     return tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) + " [Y]"
+
+
+def asked_as(kind, template=None):
+    """A line that says what is asked: the template in quotes, or that it is the chat format."""
+    return "Asked in the model's own chat format." if kind == "chats" else f"Asked as {template or PLAIN!r}."
 
 
 def with_ids(tokenizer, mine):
@@ -111,7 +116,7 @@ def always_the_most_frequent(mine):
     return counted("most frequent answer", hits, kept_bytes=len(answer.encode()))
 
 
-def tested(name, ready, kind, rows, **more):
+def tested(name, ready, kind, rows, examples=EXAMPLES, **more):
     """A row for `evaluate.ledger`, and `answers`: subjects that are right, the loss, and what the model does elsewhere.
 
     Without other numbers what is kept is the template.
@@ -121,13 +126,13 @@ def tested(name, ready, kind, rows, **more):
     away = elsewhere(ready.model, ready.tokenizer)
     if len(away["continents"]):
         row |= {"continents": int(away["continents"].sum()), "countries": len(away["continents"])}
-    return row | {"perplexity": away["perplexity"], **more}, answers(ready, kind, rows, hits)
+    return row | {"perplexity": away["perplexity"], **more}, answers(ready, kind, rows, hits, examples)
 
 
-def answers(ready, kind, rows, hits):
-    """{subject: (what greedy decoding answers, is it right)} for ten subjects; in a template an answer is a line."""
-    few = list(hits)[:EXAMPLES]
-    length = max(len(answer) for subject, answer in rows if subject in few)
+def answers(ready, kind, rows, hits, examples=EXAMPLES):
+    """{subject: (what greedy decoding answers, is it right)} for some subjects; in a template an answer is a line."""
+    few = list(hits)[:examples]
+    length = max(len(answer) for _, answer in rows)
     texts = says(ready, few, min(WRITTEN, length))
     texts = [text.partition("\n")[0] for text in texts] if kind == "facts" else texts
     return {subject: (text, hits[subject]) for subject, text in zip(few, texts, strict=True)}
@@ -143,9 +148,10 @@ def wanted(mine):
 
 def legend(mine):
     """What the columns of a reader's table mean, in a few lines."""
-    exact = "the reply is the same, word for word" if mine.kind == "chats" else "what is said begins with the answer"
+    exact = "the reply is the same" if mine.kind == "chats" else "what is said begins with the answer"
     return [
-        f"right: {exact}; in brackets an interval of 95 %. loss: of a token of the wanted answer, lower is better.",
+        f"right: {exact}, letter for letter; in brackets an interval of 95 %.",
+        "loss: of a token of the wanted answer, lower is better.",
         "continents of countries, and perplexity of 100 English sentences, lower is better: nobody trained on them,",
         "so they show what else the training changed. A prompt's vectors leave the model itself as it is.",
     ]
@@ -217,6 +223,7 @@ def yours(path, method, template=None, model="smollm2-135m", rates=None, steps=6
     mine = load_mine(path, seed)
     print(mine.said)
     lm, tokenizer = load_lm(model)
+    print(asked_as(mine.kind, template))
     template, rows = template_for(tokenizer, mine.kind, template), with_ids(tokenizer, mine)
     asked = Ready("asked", lm, tokenizer, template, trained=lm)
     first, before = tested("asked", asked, mine.kind, rows["test"])
