@@ -140,6 +140,10 @@ def points(rows=POINTS):
     return compare(rows, "What does it cost?", "Two points.", "countries", "continents")._repr_mimebundle_()[0]
 
 
+def place_of_points(picture):
+    return re.findall(r'transform="translate\(([\d.,]+)\)"[^>]*d="M[\d.]+,0A', picture)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_chosen_point_has_its_interval_and_its_words_above(number):
     spec = points()[MIME_TYPE]
@@ -155,6 +159,7 @@ def test_the_chosen_point_has_its_interval_and_its_words_above(number):
     assert [html.unescape(mark) for mark in marks] == [
         ", ".join([f"{r['choice']}: {r['said'][0]}", r["said"][1]]) for r in POINTS
     ]
+    assert place_of_points(picture) == place_of_points(points()["image/svg+xml"])  # nothing moves with the choice
     assert picture.count(f'fill="{COLORS[1]}"') == 1 and picture.count(f'stroke="{COLORS[1]}"') == 1
 
 

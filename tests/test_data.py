@@ -243,8 +243,37 @@ def test_mine_is_split_by_subject(tmp_path, count, sizes):
     everything = {pair for rows in found.splits.values() for pair in rows}
     assert everything == {(row["subject"], row["answer"]) for row in facts(count)}
     assert found == load_mine(tmp_path / "mine.jsonl") and found != load_mine(tmp_path / "mine.jsonl", seed=1)
-    said = f"mine.jsonl: {count} examples, each a subject with its answer.\n"
-    assert found.said == said + "{} to train on, {} to choose on, {} to test on.".format(*sizes)
+    said = [f"mine.jsonl: {count} examples, each a subject with its answer."]
+    said.append("{} to train on, {} to choose on, {} to test on.".format(*sizes))
+    assert found.said.splitlines()[:2] == said
+
+
+@pytest.mark.parametrize("count", [35, 140, 1400])
+def test_each_answer_has_its_share_in_each_split(tmp_path, count):
+    rows = [{"subject": f"parcel {n}", "answer": "returns" if n % 7 == 0 else "shipping"} for n in range(count)]
+    for seed in range(5):
+        splits = load_mine(write(tmp_path / "mine.jsonl", rows), seed).splits
+        for split in ("dev", "test"):
+            share = [answer for _, answer in splits[split]].count("returns")
+            assert abs(share - len(splits[split]) / 7) <= (1 if count < 1000 else 8)  # of 280 in dev, 200 are drawn
+
+
+@pytest.mark.parametrize(("count", "width"), [(40, 35), (135, 19), (600, None)])
+def test_mine_says_which_answers_there_are_and_how_much_so_few_can_tell(tmp_path, count, width):
+    found = mine(tmp_path, facts(count))
+    assert "7 different answers, most often 'answer 0'" in found.said
+    told = f"the share right is known to about ±{width} points"
+    assert (told in found.said) if width else "the share right" not in found.said
+    if width:  # half of the normal interval at a share of a half
+        tested = len(found.splits["test"])
+        assert round(196 * (0.25 / tested) ** 0.5) == width
+
+
+def test_mine_names_two_answers_and_counts_no_sentences(tmp_path):
+    rows = [{"subject": f"parcel {n}", "answer": "returns" if n % 7 == 0 else "shipping"} for n in range(35)]
+    assert "2 different answers: 'shipping' 30 times, 'returns' 5 times." in mine(tmp_path, rows).said
+    rows = [{"question": f"{n}?", "reply": f"It is {n}."} for n in range(35)]
+    assert "different" not in mine(tmp_path, rows).said
 
 
 def test_mine_of_questions_in_two_languages(tmp_path):
@@ -263,14 +292,14 @@ def test_one_subject_twice_stays_in_one_split_and_one_line_twice_counts_once(tmp
     assert all(places[subject] == split for split, pairs in found.splits.items() for subject, _ in pairs)
     assert sum(map(len, found.splits.values())) == 60
     assert "30 of the subjects have more than one answer, 'subject 0' among them; these stay together." in found.said
-    assert found.said.endswith("Left out, since they stand there already: 2.")
+    assert "\nLeft out, since they stand there already: 2.\n" in found.said
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
         ('{"subject": "Rome", ', "line 22 is not JSON"),
-        ('["Rome", "Italy"]', "line 22 holds no object; expected an object$"),
+        ('["Rome", "Italy"]', "line 22 holds no object; expected an object, such as"),
         ('{"subject": "Rome", "answer": " "}', "line 22 has ' ' as its answer; expected a text that is not empty"),
         (
             '{"subject": "Rome", "answer": 3}',
@@ -291,6 +320,10 @@ def test_a_bad_line_of_mine_is_named(tmp_path, line, fault):
     ("rows", "fault"),
     [
         (facts(19), "has 19 different examples and 20 to 10,000 are used here; collect more of them"),
+        (
+            [{"subject": str(n), "answer": "Italy"} for n in range(30)],
+            "all have 'Italy' as answer; there is nothing to",
+        ),
         (facts(1) * 30, "has 1 different examples"),
         (facts(10_001), "has 10,001 different examples .*; draw a sample of them"),
         ([{"subject": "one", "answer": str(n)} for n in range(20)], "has only 1 different subjects; five at least"),
@@ -306,8 +339,17 @@ def test_mine_that_cannot_be_used(tmp_path, rows, fault):
         mine(tmp_path, rows)
 
 
+def test_mine_in_another_encoding(tmp_path):
+    (tmp_path / "mine.jsonl").write_bytes('{"subject": "Zürich", "answer": "German"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"line 1 is not UTF-8 \(.*\); save the file as UTF-8$"):
+        load_mine(tmp_path / "mine.jsonl")
+    (tmp_path / "mine.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"holds no rows; expected one JSON object a line, such as \{\"subject"):
+        load_mine(tmp_path / "mine.jsonl")
+
+
 def test_mine_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*mine.jsonl; give a JSONL file of your own"):
         load_mine(tmp_path / "mine.jsonl")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="is a folder; give a JSONL file"):
         load_mine(tmp_path)

@@ -134,9 +134,21 @@ def test_the_ledger_shows_the_rows_that_were_met():
     assert (
         other.loc["LoRA"].tolist() == ["+103 (+80 to +127)", "396", "0.001"] and other.loc["asked", "over asking"] == ""
     )
-    own = {"method": "LoRA, yours", "chapter": 0, "right": [8, 5, 10], "kept_bytes": 9_768_960}
-    assert ledger(ROWS, 1, mine=own).index[-1] == "LoRA, yours"
-    assert max(map(len, ledger(ROWS).to_string().splitlines())) <= 100
+    assert list(other) == ["over asking", "perplexity", "rate"]
+
+
+def test_counts_say_of_how_many():
+    rows = [row | {"subjects": 1064, "countries": 160} for row in ROWS]
+    assert list(ledger(rows, columns=("right", "continents", "rate"))) == [
+        "right, of 1,064",
+        "continents, of 160",
+        "rate",
+    ]
+    own = {"method": "LoRA, yours", "chapter": 0, "subjects": 10, "right": [8, 5, 9], "kept_bytes": 9_768_960}
+    table = ledger(rows, 1, mine=own, columns=("right", "over asking", "continents"))
+    assert list(table) == ["right", "over asking", "continents, of 160"]
+    assert table.loc["LoRA, yours"].tolist() == ["8 (5 to 9), of 10", "", ""]
+    assert table.loc["asked", "right"] == "307 (279 to 335), of 1,064"
 
 
 def test_the_ledgers_points():

@@ -140,7 +140,7 @@ def test_a_training_that_diverges_is_ended_and_the_best_state_kept(model_and_row
 
 def test_bad_input(model_and_rows, bert, tiny_gpt2):
     model, tokenizer, rows = model_and_rows
-    with pytest.raises(ValueError, match="unknown method 'lora'; choose one of prompt tuning"):
+    with pytest.raises(ValueError, match=r"unknown method 'lora'; did you mean 'LoRA'\?"):
         prepare("lora", model, tokenizer, TEMPLATE)
     with pytest.raises(ValueError, match="masked model cannot write an answer of several tokens"):
         prepare("LoRA", *bert, TEMPLATE)

@@ -130,7 +130,7 @@ def test_only_a_masked_model_has_a_mask_token(tiny_bert, tiny_gpt2, tmp_path):
 
 @pytest.mark.parametrize("loader", [models.load_lm, models.load_encoder])
 def test_unknown_model_lists_the_known_ones(loader):
-    with pytest.raises(ValueError, match=r"cannot load model 'smollm3'.*'smollm2-135m', 'minilm'"):
+    with pytest.raises(ValueError, match=r"cannot load model 'smollm3'.*model 'smollm2-135m' and the encoder 'minilm'"):
         loader("smollm3")
 
 

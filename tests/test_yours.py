@@ -1,9 +1,11 @@
 """A reader's own examples: what is asked, scored and printed; on a tiny model, and once on the real one."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
+import tuning.yours
 from tuning.chat import encode_chat
 from tuning.data import load_facts, load_mine
 from tuning.evaluate import ledger
@@ -13,9 +15,12 @@ from tuning.prompts import encode
 from tuning.yours import (
     PLAIN,
     USUAL,
+    always_the_most_frequent,
     batch_size_for,
+    checked_rates,
+    counted,
     mean_loss,
-    most_frequent,
+    score_for,
     subject_hits,
     template_for,
     with_ids,
@@ -29,6 +34,16 @@ CAPITALS = "The capital of [X] is the city of [Y]."
 def write(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@contextmanager
+def dropped_out(model):
+    """The model in training mode, in which its dropout is on."""
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 @pytest.fixture
@@ -53,11 +68,17 @@ def test_yours_prints_the_readers_row(capitals, tiny_gpt2, method, capsys):
     row = yours(capitals, method, CAPITALS, str(tiny_gpt2), rates=[1e-3, 1e-2], steps=3, progress=False)
     printed = capsys.readouterr().out
     assert "capitals.jsonl: 50 examples, each a subject with its answer.\n30 to train on, 10 to choose on" in printed
-    assert "2 trainings of 3 steps, 16 examples each" in printed and "Of 10 subjects to test on" in printed
-    assert printed.count("before: ") == printed.count("after: ") == printed.count("wanted: ") == 3
+    assert f"\n{method}, 2 times 3 steps of 16 examples: about " in printed and "The examples to test on:" in printed
+    assert printed.count("\n  before ") == printed.count("\n  after  ") == printed.count("\n  wanted   ") == 10
+    assert (
+        printed.count("of 10 to choose on right, best after step") == 2 and f"Rate {row['lr']:g} is chosen" in printed
+    )
+    assert "right, of 10" in printed and "continents, of 160" in printed
+    asked = {row["sub_label"] for row in COUNTRIES}
     for line in printed.splitlines():
-        if line.strip().startswith("wanted"):
-            assert line.split(": ")[1] in {row["sub_label"] for row in COUNTRIES}
+        assert not line.startswith("  wanted") or set(line.split(maxsplit=1)[1].split(" / ")) <= asked
+    marks = [line.split()[1] for line in printed.splitlines() if line.startswith("  after")]
+    assert marks.count("✓") == row["right"][0] and marks.count("✗") == 10 - row["right"][0]
     assert row["method"] == f"{method}, yours" and row["subjects"] == 10 and row["lr"] in (1e-3, 1e-2)
     assert (
         f"{method}, yours" in printed
@@ -71,7 +92,9 @@ def test_yours_prints_the_readers_row(capitals, tiny_gpt2, method, capsys):
 def test_yours_of_questions(chats, tiny_gpt2, capsys):
     yours(chats, "LoRA", model=str(tiny_gpt2), rates=[1e-2], steps=3, progress=False)
     printed = capsys.readouterr().out
-    assert "each a question with its reply" in printed and "wanted: It is" in printed
+    assert (
+        "each a question with its reply" in printed and "wanted   It is" in printed and ", 1 time 3 steps of" in printed
+    )
 
 
 def test_a_question_is_asked_as_the_chat_format_has_it(chats, smollm2):
@@ -98,13 +121,13 @@ def test_a_model_without_a_chat_format_cannot_be_asked_questions(bert):
 def test_a_subject_is_right_with_one_of_its_answers():
     rows = [("Belgium", [1]), ("Peru", [2]), ("Belgium", [3]), ("Chad", [4]), ("Chad", [5])]
     hits = torch.tensor([False, True, True, False, False])
-    assert subject_hits(rows, hits).tolist() == [1, 1, 0]
+    assert subject_hits(rows, hits) == {"Belgium": True, "Peru": True, "Chad": False}
 
 
 def test_the_most_frequent_answer_is_the_one_to_beat(tmp_path):
     rows = [{"subject": f"s{n}", "answer": "English" if n % 3 else "French"} for n in range(60)]
     mine = load_mine(write(tmp_path / "mine.jsonl", rows))
-    row = most_frequent(mine)
+    row = always_the_most_frequent(mine)
     assert row["right"][0] == sum(answer == "English" for _, answer in mine.splits["test"]) and row["subjects"] == 12
 
 
@@ -120,7 +143,21 @@ def test_the_mean_loss_counts_every_row(gpt2):
     ready = Ready("asked", *gpt2, CAPITALS, trained=gpt2[0])
     rows = [("Peru", [7]), ("Chad", [9]), ("Mali", [11]), ("Cuba", [13])]
     one_by_one = sum(loss_of(ready, [row]).item() for row in rows) / 4
-    assert mean_loss(ready, rows, batch_size=2) == pytest.approx(one_by_one, rel=1e-5)
+    for size in (2, 3):  # the last batch may be smaller
+        assert mean_loss(ready, rows, batch_size=size) == pytest.approx(one_by_one, rel=1e-5)
+    with dropped_out(gpt2[0]):
+        assert mean_loss(ready, rows) == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_more_right_is_better_and_of_as_many_the_lower_loss(monkeypatch):
+    hits, loss = [3, 3, 4], [2.0, 1.0, 9.0]
+    scores = []
+    for count, value in zip(hits, loss, strict=True):
+        monkeypatch.setattr(tuning.yours, "right", lambda ready, dev, n=count: torch.arange(10) < n)
+        monkeypatch.setattr(tuning.yours, "mean_loss", lambda ready, dev, v=value: v)
+        scores.append([score_for(kind)(None, None) for kind in ("facts", "chats")])
+    facts, chats = zip(*scores, strict=True)
+    assert facts[0] < facts[1] < facts[2] and chats == (-2.0, -1.0, -9.0)
 
 
 def test_the_usual_rates_are_those_that_the_ledger_chose():
@@ -132,9 +169,32 @@ def test_the_usual_rates_are_those_that_the_ledger_chose():
     assert pytest.approx(chosen) == USUAL
 
 
-def test_a_method_that_there_is_not(capitals):
-    with pytest.raises(ValueError, match="unknown method 'lora'; choose one of prompt tuning"):
-        yours(capitals, "lora")
+@pytest.mark.parametrize(
+    ("method", "options", "fault"),
+    [
+        ("lora", {}, r"unknown method 'lora'; did you mean 'LoRA'\? There are 'prompt tuning', .*'P-tuning, BiLSTM'"),
+        ("magic", {}, "unknown method 'magic'. There are 'prompt tuning'"),
+        ("LoRA", {"rates": []}, r"rates are \[\]; give positive numbers"),
+        ("LoRA", {"rates": ["fast"]}, r"rates are \['fast'\]; give positive numbers"),
+        ("LoRA", {"rates": -1e-3}, r"rates are \[-0.001\]; give positive numbers"),
+        ("LoRA", {"steps": 0}, "steps is 0; give a whole number of 1 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(monkeypatch, capitals, method, options, fault):
+    monkeypatch.setattr(tuning.yours, "load_lm", None)
+    with pytest.raises(ValueError, match=fault):
+        yours(capitals, method, CAPITALS, **options)
+
+
+def test_one_rate_is_a_list_of_one():
+    assert checked_rates("LoRA", 1e-3) == [1e-3] and checked_rates("LoRA", (1e-3, 1)) == [1e-3, 1]
+    assert checked_rates("LoRA", None) == pytest.approx([USUAL["LoRA"] / 3, USUAL["LoRA"], USUAL["LoRA"] * 3], rel=0.2)
+
+
+def test_of_few_subjects_none_right_is_not_certainly_none():
+    row = counted("LoRA", dict.fromkeys(range(8), False))
+    assert row["right"][:2] == [0, 0] and 2 < row["right"][2] < 3  # Wilson: 0.32
+    assert counted("LoRA", dict.fromkeys(range(8), True))["right"][1] == pytest.approx(8 - row["right"][2])
 
 
 def test_languages_are_learned_by_the_real_model(tmp_path):

@@ -134,10 +134,12 @@ def compare(rows, question, alt, across, up):
     ]
     chosen = altair.datum.choice == choice
     base = altair.Chart(altair.Data(values=points)).encode(y=altair.Y("up:Q", title=up, scale=altair.Scale(nice=True)))
+    ends = [min(point["low"] for point in points), max(point["high"] for point in points)]
+    span = altair.Scale(domain=ends, zero=False, nice=True)  # the same whichever is chosen
     intervals = base.transform_filter(chosen).mark_rule(strokeWidth=2, color=COLORS[1], aria=False)
     intervals = intervals.encode(x=altair.X("low:Q"), x2="high:Q")
     dots = base.mark_point(filled=True, opacity=0.75, stroke=INK, strokeWidth=1).encode(
-        x=altair.X("value:Q", title=across, scale=altair.Scale(zero=False, nice=True), axis=altair.Axis(tickCount=5)),
+        x=altair.X("value:Q", title=across, scale=span, axis=altair.Axis(tickCount=5)),
         size=altair.Size("size:Q", scale=None),
         color=altair.condition(chosen, altair.value(COLORS[1]), altair.value(COLORS[4])),
         description="label:N",

@@ -7,6 +7,7 @@ in `corpora/README.md` beside them.
 import itertools
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def load_superglue(task, source=None):
 
 MINE = {"facts": ("subject", "answer"), "chats": ("question", "reply")}  # what a line of a reader's own file holds
 FEWEST, MOST = 20, 10_000  # lines
+EXAMPLE = '{"subject": "Peru", "answer": "Spanish"}'
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,12 @@ class Mine:
 def load_mine(path, seed=0):
     """A reader's own examples: JSONL whose lines hold `subject` and `answer`, or `question` and `reply`.
 
+        {"subject": "Peru", "answer": "Spanish"}
+        {"question": "My parcel is late. Whom do I ask?", "reply": "shipping"}
+
     Three fifths of the subjects are to train on, a fifth to choose on (200 at most) and a fifth to test on (1,000 at
-    most), drawn by the seed. All lines of one subject go to the same split. A line that stands there twice counts once.
+    most), drawn by the seed so that each answer has its share in each. All lines of one subject go to the same split. A
+    line that stands there twice counts once.
 
     Args:
         path: a file of 20 to 10,000 different lines, UTF-8.
@@ -234,30 +240,54 @@ def load_mine(path, seed=0):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; give a JSONL file of your own, one example a line")
-    kind, pairs, again = None, {}, 0
-    for number, row in numbered_rows(path, ()):
+        fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+        raise FileNotFoundError(f"{fault}; give a JSONL file of your own, one example a line, such as {EXAMPLE}")
+    kind, lines = None, []
+    for number, row in numbered_rows(path, (), f", such as {EXAMPLE}"):
         kind = kind or next((one for one, keys in MINE.items() if all(key in row for key in keys)), None)
-        pair = _my_pair(f"{path}, line {number}", row, kind)
-        again += pair in pairs
-        pairs[pair] = number
+        lines.append(_my_pair(f"{path}, line {number}", row, kind))
+    pairs = list(dict.fromkeys(lines))
     if not FEWEST <= len(pairs) <= MOST:
         advice = "collect more of them" if len(pairs) < FEWEST else "draw a sample of them"
         raise ValueError(
             f"{path} has {len(pairs):,} different examples and {FEWEST} to {MOST:,} are used here; {advice}"
         )
+    said = {answer for _, answer in pairs}
+    if len(said) == 1:
+        raise ValueError(f"in {path} all have {said.pop()!r} as {MINE[kind][1]}; there is nothing to tell apart")
     subjects = {}
     for pair in pairs:
         subjects.setdefault(pair[0], []).append(pair)
-    order = sorted(subjects)
-    random.Random(seed).shuffle(order)
-    dev, test = min(len(order) // 5, 200), min(len(order) // 5, 1000)
-    if not dev:
+    if len(subjects) < 5:
         name = MINE[kind][0]
-        raise ValueError(f"{path} has only {len(order)} different {name}s; five at least are needed, to test on others")
-    parts = {"test": order[:test], "dev": order[test : test + dev], "train": order[test + dev :]}
+        raise ValueError(
+            f"{path} has only {len(subjects)} different {name}s; five at least are needed, to test on others"
+        )
+    parts = _deal(subjects, random.Random(seed))
     splits = {split: [pair for one in parts[split] for pair in subjects[one]] for split in ("train", "dev", "test")}
-    return Mine(kind, splits, _said(path, kind, splits, subjects, again))
+    return Mine(kind, splits, _said(path, kind, splits, subjects, len(lines) - len(pairs)))
+
+
+def _deal(subjects, generator):
+    """{split: subjects}. They lie in the order of their answers, and of five in a row one is to test and one to choose
+    on, so that each answer has its share in each split."""
+    order = sorted(subjects)
+    generator.shuffle(order)
+    order.sort(key=lambda subject: subjects[subject][0][1])
+    parts = {"train": [], "dev": [], "test": []}
+    for start in range(0, len(order), 5):
+        hand = order[start : start + 5]
+        generator.shuffle(hand)
+        if len(hand) == 5:
+            parts["test"].append(hand.pop())
+            parts["dev"].append(hand.pop())
+        parts["train"] += hand
+    for split, most in (("dev", 200), ("test", 1000)):
+        generator.shuffle(parts[split])
+        parts["train"] += parts[split][most:]
+        parts[split] = parts[split][:most]
+    generator.shuffle(parts["train"])
+    return parts
 
 
 def _my_pair(place, row, kind):
@@ -277,6 +307,7 @@ def _my_pair(place, row, kind):
 def _said(path, kind, splits, subjects, again):
     """What `load_mine` found, in a few lines."""
     subject, answer = MINE[kind]
+    plural = "answers" if kind == "facts" else "replies"
     sizes = {split: len(rows) for split, rows in splits.items()}
     lines = [
         f"{path.name}: {sum(sizes.values())} examples, each a {subject} with its {answer}.",
@@ -288,6 +319,14 @@ def _said(path, kind, splits, subjects, again):
         lines.append(f"{len(several)} of the {subject}s have more than one {answer}{more}; these stay together.")
     if again:
         lines.append(f"Left out, since they stand there already: {again}.")
+    counts = Counter(sorted(text for rows in splits.values() for _, text in rows)).most_common()
+    if len(counts) <= sum(sizes.values()) / 2:
+        most = ", ".join(f"{text!r} {count} times" for text, count in counts[:3])
+        lines.append(f"{len(counts)} different {plural}{', most often' if len(counts) > 3 else ':'} {most}.")
+    tested = len({one for one, _ in splits["test"]})
+    if tested < 100:
+        width = 98 / tested**0.5  # in points: 1.96 standard errors of a share of a half
+        lines.append(f"With {tested} to test on, the share right is known to about ±{width:.0f} points.")
     return "\n".join(lines)
 
 
@@ -323,12 +362,12 @@ def read_jsonl(path, needed):
         ValueError: no rows, or a line that is not UTF-8 or no JSON object with these keys; the message names file and
             line.
     """
-    return [row for _, row in numbered_rows(path, needed)]
+    return [row for _, row in numbered_rows(path, needed, f" with {', '.join(needed)}")]
 
 
-def numbered_rows(path, needed):
-    """`read_jsonl`, as a list of (line number, row)."""
-    rows, expected = [], f" with {', '.join(needed)}" if needed else ""
+def numbered_rows(path, needed, expected):
+    """`read_jsonl`, as a list of (line number, row); `expected` is what its messages say of a right row."""
+    rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -339,7 +378,7 @@ def numbered_rows(path, needed):
                 continue
             try:
                 row = json.loads(text)
-                missing = [key for key in needed if not isinstance(row, dict) or key not in row]
+                missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
                 fault = f"has no {', '.join(missing)}" if missing else None
                 fault = fault or (None if isinstance(row, dict) else "holds no object")
             except json.JSONDecodeError as error:
@@ -348,7 +387,7 @@ def numbered_rows(path, needed):
                 raise ValueError(f"{path}, line {number} {fault}; expected an object{expected}")
             rows.append((number, row))
     if not rows:
-        raise ValueError(f"{path} holds no rows; expected one JSON object a line{expected and ',' + expected}")
+        raise ValueError(f"{path} holds no rows; expected one JSON object a line,{expected.removeprefix(',')}")
     return rows
 
 

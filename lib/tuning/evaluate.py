@@ -16,7 +16,7 @@ from scipy import stats
 from .data import load_facts, load_wic
 from .prompts import answer_id, answer_logits, encode, evaluating
 
-__all__ = ["bootstrap_interval", "hits_at_1", "ledger", "paired_interval"]
+__all__ = ["bootstrap_interval", "hits_at_1", "paired_interval"]
 
 
 def hits_at_1(logits, answer_ids, candidates=None):
@@ -172,6 +172,11 @@ def facts_with_ids(tokenizer, relation, fold=0, limit=None):
     }
 
 
+def most_frequent(answers):
+    """The answer that occurs most often; of several the first in order."""
+    return max(sorted(set(answers)), key=answers.count)
+
+
 def balanced(rows, count, seed):
     """`count` of the (text, label) rows, half of label 0 and half of 1, drawn by `seed`; all if `count` is None."""
     if count is None:
@@ -186,27 +191,37 @@ def balanced(rows, count, seed):
 UNTOUCHED = ("P30", "[X] is located in the continent of [Y].")  # what no page trains on
 
 
+def one_token_facts(tokenizer, facts):
+    """(subject, answer's token id) of the facts whose answer is one token for this model."""
+    found = []
+    for row in facts:
+        with suppress(ValueError):
+            found.append((row["sub_label"], answer_id(tokenizer, row["obj_label"])))
+    return found
+
+
+def untouched_hits(model, tokenizer, limit=None):
+    """(n,) bool: the continents of countries, those that are one token of this tokenizer; `limit` countries at most."""
+    relation, template = UNTOUCHED
+    facts = [fact for rows in load_facts(relation).values() for fact in one_token_facts(tokenizer, rows)][:limit]
+    if not facts:
+        return torch.zeros(0, dtype=torch.bool)
+    prompts = [encode(tokenizer, template, subject) for subject, _ in facts]
+    return share_right(answer_logits(model, tokenizer, prompts), facts)
+
+
 def elsewhere(model, tokenizer, limit=None):
     """What a model does where nobody trained it: which continents of countries are right, and perplexity of sentences.
 
     Returns:
-        {"continents": (n,) bool, "perplexity": a float}.
-
-    Countries are left out whose continent is more than one token of this tokenizer. The sentences are those of the
-    word-in-context pairs; a masked model has no perplexity.
+        {"continents": as `untouched_hits`, "perplexity": a float, None for a masked model}. The sentences are 100 of
+        the word-in-context pairs'.
     """
-    relation, template = UNTOUCHED
-    facts = []
-    for rows in load_facts(relation).values():
-        for row in rows:
-            with suppress(ValueError):
-                facts.append((row["sub_label"], answer_id(tokenizer, row["obj_label"])))
-    hits = torch.zeros(0, dtype=torch.bool)
-    if facts := facts[:limit]:
-        prompts = [encode(tokenizer, template, subject) for subject, _ in facts]
-        hits = share_right(answer_logits(model, tokenizer, prompts), facts)
     sentences = [row["sentence1"] for row in load_wic()["test"]][: min(100, limit or 100)]
-    return {"continents": hits, "perplexity": perplexity(model, tokenizer, sentences)}
+    return {
+        "continents": untouched_hits(model, tokenizer, limit),
+        "perplexity": perplexity(model, tokenizer, sentences),
+    }
 
 
 def in_bytes(count):
@@ -219,19 +234,24 @@ def in_bytes(count):
         count /= 1000
 
 
+def counts(row, key, sign=""):
+    """A row's count with its interval, as text; "" where it has none."""
+    return f"{{:{sign}.0f}} ({{:{sign}.0f}} to {{:{sign}.0f}})".format(*row[key]) if key in row else ""
+
+
 COLUMNS = {  # of the ledger: what a row says, as text
-    "right": lambda row: "{:.0f} ({:.0f} to {:.0f})".format(*row["right"]),
-    "over asking": lambda row: (
-        "" if row["method"] == "asked" else "{:+.0f} ({:+.0f} to {:+.0f})".format(*row["over asking"])
-    ),
+    "right": lambda row: counts(row, "right"),
+    "over asking": lambda row: "" if row["method"] == "asked" else counts(row, "over asking", "+"),
+    "loss": lambda row: f"{row['loss']:.2f}" if "loss" in row else "",
     "continents": lambda row: f"{row['continents']:.0f}" if "continents" in row else "",
-    "perplexity": lambda row: f"{row['perplexity']:.0f}" if "perplexity" in row else "",
+    "perplexity": lambda row: f"{row['perplexity']:.0f}" if row.get("perplexity") else "",
     "kept a task": lambda row: in_bytes(row["kept_bytes"]),
     "trained": lambda row: f"{row['trained']:,}" if row.get("trained") else "",
     "rate": lambda row: f"{row['lr']:g}" if row.get("lr") else "",
     "minutes": lambda row: f"{row['seconds'] / 60:.1f}" if row.get("seconds") else "",
     "memory": lambda row: in_bytes(row.get("peak_bytes")),
 }
+OF = {"right": "subjects", "continents": "countries"}  # counts, and the key of what they are counted among
 SHOWN = ("right", "continents", "kept a task", "trained", "minutes", "memory")
 
 
@@ -245,7 +265,8 @@ def ledger(rows, chapter=None, columns=SHOWN, mine=None):
         mine: a row of the reader's own, to stand last.
 
     Returns:
-        A pandas `DataFrame` of texts with the methods as index.
+        A pandas `DataFrame` of texts with the methods as index. A column of counts says of how many in its title, or
+        in each cell where rows were counted among different numbers.
 
     Raises:
         ValueError: an unknown column, or more than six; no row is left.
@@ -259,7 +280,16 @@ def ledger(rows, chapter=None, columns=SHOWN, mine=None):
     met += [mine] if mine else []
     if not met:
         raise ValueError(f"no row of the ledger is met by chapter {chapter}")
-    table = {row["method"]: {column: COLUMNS[column](row) for column in columns} for row in met}
+    titles, among = {}, {}
+    for column in columns:
+        among[column] = {row[OF[column]] for row in met if column in OF and OF[column] in row}
+        titles[column] = f"{column}, of {min(among[column]):,}" if len(among[column]) == 1 else column
+
+    def cell(row, column):
+        text = COLUMNS[column](row)
+        return f"{text}, of {row[OF[column]]:,}" if text and len(among[column]) > 1 else text
+
+    table = {row["method"]: {titles[column]: cell(row, column) for column in columns} for row in met}
     return pd.DataFrame(table).T
 
 
@@ -274,7 +304,7 @@ def ledger_points(rows, chapter=None):
             continue
         size = (math.log10(max(row["kept_bytes"], 10)) - 1) / 8
         said = [
-            f"{COLUMNS['right'](row)} of {row['subjects']:,} countries",
+            f"{counts(row, 'right')} of {row['subjects']:,} countries",
             f"{COLUMNS['continents'](row)} of {row['countries']} continents",
             f"{COLUMNS['kept a task'](row)} kept a task",
         ]

@@ -10,6 +10,7 @@ A row is (subject, answer's token ids). An answer of several tokens is right if 
 with all of them.
 """
 
+import difflib
 import math
 import time
 from dataclasses import dataclass, field
@@ -101,8 +102,7 @@ def prepare(method, model, tokenizer, template, seed=0, rank=8, alpha=16):
     Raises:
         ValueError: an unknown method, a masked model, or a template whose slots are wrong.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    check_method(method)
     if tokenizer.mask_token is not None:
         raise ValueError("a masked model cannot write an answer of several tokens; load a causal one, as load_lm does")
     encode(tokenizer, template, "a")  # refuses wrong slots
@@ -116,6 +116,14 @@ def prepare(method, model, tokenizer, template, seed=0, rank=8, alpha=16):
     if "LoRA" in method:
         add_lora(model, "all-linear", rank=rank, alpha=alpha)
     return Ready(method, model, tokenizer, template, trained=model)
+
+
+def check_method(method):
+    """Refuse a method that is not one of `METHODS`, and name the one that was perhaps meant."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method).lower(), [name.lower() for name in METHODS], 1)
+        meant = [f"; did you mean {name!r}?" for name in METHODS if [name.lower()] == near]
+        raise ValueError(f"unknown method {method!r}{''.join(meant) or '.'} There are {', '.join(map(repr, METHODS))}")
 
 
 def prompt_encoder(method, model, tokenizer, template):
@@ -171,9 +179,14 @@ def right(ready, rows, batch_size=32):
     return found
 
 
-@torch.no_grad()
-def says(ready, subjects, length):
+def says(ready, subjects, length, batch_size=32):
     """What greedy decoding writes for each subject: a list of texts of `length` tokens, or less where they end."""
+    batches = (subjects[start : start + batch_size] for start in range(0, len(subjects), batch_size))
+    return [text for batch in batches for text in _says(ready, batch, length)]
+
+
+@torch.no_grad()
+def _says(ready, subjects, length):
     asked = prompts_of(ready, subjects)
     written = [[] for _ in asked]
     with evaluating(ready.model), evaluating(ready.trained):
@@ -223,9 +236,11 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, sco
     weights = ready.weights()
     optimizer, take = stepper(ready, lr, steps)
     start = time.perf_counter()
+    bar = tqdm(total=steps, desc=f"{ready.method} at {lr:g}", unit="step", disable=not progress)
     try:
-        for step in tqdm(range(steps + 1), desc=f"{ready.method} at {lr:g}", disable=not progress):
+        for step in range(steps + 1):
             if dev and (step % every == 0 or step == steps):
+                ready.trained.eval()
                 now = score(ready, dev)
                 found.scores.append([step, now])
                 if found.dev is None or now > found.dev:
@@ -238,9 +253,11 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, sco
             loss = loss_of(ready, [train[index] for index in chosen])
             take(loss)
             found.losses.append(loss.item())
+            bar.update()
     except FloatingPointError as error:
         found.stopped = str(error)
     finally:
+        bar.close()
         ready.trained.eval()
         if isinstance(optimizer, FusedOptimizer):
             optimizer.detach()

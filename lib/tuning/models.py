@@ -146,8 +146,9 @@ def _from_pretrained(auto_class, source, name, **options):
         return auto_class.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load model {str(name)!r}. Known here: {', '.join(map(repr, PACKAGES))}; anything else must be a "
-            f"local folder or a hub id, and the hub must be reachable. transformers says: {error}"
+            f"cannot load model {str(name)!r}. Known here: the language model 'smollm2-135m' and the encoder 'minilm'; "
+            "anything else must be a local folder or a hub id, and the hub must be reachable. "
+            f"transformers says: {error}"
         ) from error
 
 

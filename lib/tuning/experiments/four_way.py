@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data import RELATIONS, load_facts, load_lama, load_reviews, load_superglue, load_wic, text_of
-from ..evaluate import balanced, bootstrap_interval, hits_at_1, perplexity
+from ..evaluate import (
+    UNTOUCHED,
+    balanced,
+    bootstrap_interval,
+    most_frequent,
+    one_token_facts,
+    perplexity,
+    untouched_hits,
+)
 from ..lora import add_lora, unload
 from ..memory import PeakMemory
 from ..models import load_lm
@@ -54,7 +62,6 @@ WITH_SUPERGLUE = {  # needs --superglue
     "rte": ("[X] Answer: [Y].", ("yes", "no"), 40),
 }
 SWEPT_ON = ("P17", "reviews")
-UNTOUCHED = ("P30", "[X] is located in the continent of [Y].")
 SHOTS = 32
 SEEDS = (0, 1, 2)
 DEV, TEST = 200, 400  # rows of dev and test at most, but for P17's test
@@ -109,17 +116,6 @@ def understanding_task(tokenizer, name, seed, other_text, source=None, limit=Non
     _check_splits(name, rows)
     ids = [answer_id(tokenizer, word) for word in words]
     return Task(name, seed, template, ids, steps, rows, other_text)
-
-
-def one_token_facts(tokenizer, facts):
-    """(subject, answer's token id) of the facts whose answer is one token for this model."""
-    found = []
-    for row in facts:
-        try:
-            found.append((row["sub_label"], answer_id(tokenizer, row["obj_label"])))
-        except ValueError:
-            continue
-    return found
 
 
 def _check_splits(name, rows):
@@ -229,20 +225,16 @@ def macro_f1(given, wanted):
 
 def elsewhere(model, tokenizer, task):
     """What the model as it is does on a relation that no task uses, and on text that this task does not use."""
-    relation, template = UNTOUCHED
-    rows = [fact for facts in load_facts(relation).values() for fact in one_token_facts(tokenizer, facts)]
-    p_at_1 = None  # where the model knows none of the answers as one token
-    if rows:
-        logits = prompt_logits(model, tokenizer, template, rows)
-        p_at_1 = hits_at_1(logits, [answer for _, answer in rows]).double().mean().item()
-    return {"relation": relation, "p_at_1": p_at_1, "perplexity": perplexity(model, tokenizer, task.other_text)}
+    hits = untouched_hits(model, tokenizer)  # none where the model knows none of the answers as one token
+    p_at_1 = hits.double().mean().item() if len(hits) else None
+    return {"relation": UNTOUCHED[0], "p_at_1": p_at_1, "perplexity": perplexity(model, tokenizer, task.other_text)}
 
 
 def majority(task):
     """Always the most frequent training answer: its hits on test."""
     answers = [answer for _, answer in task.rows["train"]]
-    most_frequent = max(sorted(set(answers)), key=answers.count)
-    hits = torch.tensor([answer == most_frequent for _, answer in task.rows["test"]])
+    given = most_frequent(answers)
+    hits = torch.tensor([answer == given for _, answer in task.rows["test"]])
     row = {"method": "majority class", "task": task.name, "seed": task.seed}
     return {**row, "test": hits.double().mean().item(), "n": len(hits)}
 

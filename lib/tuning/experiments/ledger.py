@@ -21,7 +21,14 @@ import sys
 import torch
 
 from ..data import TEMPLATES, load_facts
-from ..evaluate import bootstrap_interval, elsewhere, facts_with_ids, paired_interval, share_right
+from ..evaluate import (
+    bootstrap_interval,
+    elsewhere,
+    facts_with_ids,
+    most_frequent,
+    paired_interval,
+    share_right,
+)
 from ..memory import PeakMemory
 from ..methods import METHODS, fit, prepare, right
 from ..models import load_lm
@@ -65,13 +72,12 @@ def away(model, tokenizer, limit=None):
     return found | {"continents": as_text(found["continents"])}
 
 
-def most_frequent(name, task, limit=None):
+def always_the_most_frequent(name, task, limit=None):
     """The answer that is the most frequent in training, given to every test city."""
     _, tokenizer = load_lm(name)
     rows = rows_of(tokenizer, task, limit)
-    answers = [answer for _, answer in rows["train"]]
-    answer = max(sorted(answers), key=answers.count)
-    return {"answer": tokenizer.decode(answer), "hits": as_text(given == answer for _, given in rows["test"])}
+    answer = most_frequent([token for _, (token,) in rows["train"]])
+    return {"answer": tokenizer.decode(answer), "hits": as_text(token == answer for _, (token,) in rows["test"])}
 
 
 def asked(name, task, four_bits=False, limit=None):
@@ -219,7 +225,7 @@ def main(arguments=None):
     settings = {"model": name, "task": TASK, "steps": steps, "limit": limit}
     total = 4 + len(SHOWN) + len(SEEDS) + sum(len(METHODS[m].rates) + len(SEEDS) + 1 for m in options.methods)
     recorder = Recorder("ledger", options.out, torch.device("cpu"), total, save=options.save, **settings)
-    recorder.piece("most frequent", most_frequent, name, TASK, limit)
+    recorder.piece("most frequent", always_the_most_frequent, name, TASK, limit)
     template = recorder.piece("asked", asked, name, TASK, False, limit)["template"]
     recorder.piece("asked, four bits", asked, name, TASK, True, limit)
     tried = {

@@ -13,7 +13,7 @@ import torch
 from datasets import concatenate_datasets
 
 from ..data import TEMPLATES, load_facts, paraphrases
-from ..evaluate import hits_at_1, p_at_1
+from ..evaluate import hits_at_1, most_frequent, p_at_1
 from ..models import load_lm
 from ..prompts import allowed_tokens, answer_id, answer_logits, encode, few_shot, search_triggers
 from .record import Recorder, option_parser
@@ -119,9 +119,8 @@ def score_controls(probe, template, random_model):
     """What needs no knowledge: always the training set's most frequent answer, and a model that was never trained."""
     majority = []
     for fold in probe.folds:
-        answers = [answer for _, answer in probe.rows("train", fold)]
-        most_frequent = max(sorted(set(answers)), key=answers.count)
-        majority += [answer == most_frequent for _, answer in probe.rows("test", fold)]
+        given = most_frequent([answer for _, answer in probe.rows("train", fold)])
+        majority += [answer == given for _, answer in probe.rows("test", fold)]
     majority = torch.tensor(majority)
     return {
         "template": template,
