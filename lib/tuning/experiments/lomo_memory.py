@@ -12,17 +12,17 @@ import time
 
 import torch
 
-from ..memory import METHODS, PeakMemory
-from ..simulate import BATCH, FULL, LENGTH, SHAPES, llama, simulate, step
+from ..memory import METHODS, PeakMemory, Setting, Shape
+from ..simulate import BATCH, FULL, LENGTH, SHAPES, loss_of, simulate, step, untrained
 from ..training import checkpoint_activations
 from .record import Recorder, option_parser
 
-TOY = {"toy": (128, 256, 2)}
+TOY = {"toy": Shape(128, 256, 2)}
 
 
-def simulated(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
+def simulated(setting, attention="sdpa"):
     """Bytes by category at the simulated peak, and the largest of each category in the step."""
-    live = simulate(shape, method, checkpointing, attention, batch, length)
+    live = simulate(setting, attention)
     return {"peak": live.peak, "largest": live.largest}
 
 
@@ -30,7 +30,7 @@ def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
     """Peak bytes and seconds of a step with random weights, activations checkpointed: on a GPU, or on the CPU."""
     device = torch.device(device)
     with torch.device(device):
-        model = llama(shape)
+        model = untrained(shape)
         ids = torch.randint(0, 32_000, (batch, length), generator=torch.Generator(device).manual_seed(0))
     checkpoint_activations(model)
     if method == "lomo-optim":
@@ -43,7 +43,7 @@ def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
     with PeakMemory(device) as memory:
         for _ in range(steps):
             start = time.perf_counter()
-            step(model, optimizer, {"input_ids": ids, "labels": ids})
+            step(optimizer, loss_of(model, {"input_ids": ids, "labels": ids}))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             found["seconds"].append(time.perf_counter() - start)
@@ -90,12 +90,12 @@ def main(arguments=None):
         for name in sizes:
             for method in METHODS:
                 for batch, length, checkpointing in cases:
-                    run = (shapes[name], method, checkpointing, "sdpa", batch, length)
+                    run = Setting(method, shapes[name], batch, length, checkpointing)
                     key = f"{name}/{method}/{'with' if checkpointing else 'without'} checkpointing/{batch}x{length}"
-                    recorder.piece(key, lambda r=run: simulated(*r))
+                    recorder.piece(key, lambda r=run: simulated(r))
         for name in sizes[:2]:
-            run = (shapes[name], "LOMO", False, "eager", *short)
-            recorder.piece(f"{name}/LOMO/eager attention/{short[0]}x{short[1]}", lambda r=run: simulated(*r))
+            run = Setting("LOMO", shapes[name], *short, checkpointing=False)
+            recorder.piece(f"{name}/LOMO/eager attention/{short[0]}x{short[1]}", lambda r=run: simulated(r, "eager"))
     recorder.finish()
 
 
