@@ -242,6 +242,29 @@ def test_the_plan_of_table_1():
         assert size == pytest.approx(sum(recorded[key]["peak"].values()) / 2**30, rel=0.01)
 
 
+def test_forward_minus_before_is_what_was_counted_by_hand():
+    shape, kept = Shape(256, 512, 1), {}
+    for layers in (1, 3):
+        with lomo_memory.as_in_2023():
+            setting = Setting("LOMO", replace(shape, layers=layers), 2, 100, checkpointing=False)
+            kept[layers] = lomo_memory.forward_minus_before(simulate.simulate(setting, "eager"))
+    by_hand = sum(lomo_memory.kept_in_2023(shape, 100).values())
+    assert by_hand == pytest.approx((kept[3] - kept[1]) / 2 / 200, rel=0.005)
+    setting = Setting("LOMO", shape, 2, 100, checkpointing=False)
+    today = {how: lomo_memory.forward_minus_before(simulate.simulate(setting, how)) for how in ("sdpa", "eager")}
+    assert today["sdpa"] < today["eager"] < kept[1]
+    own = kept_for_backward(setting) + 8 * 256 + 4 * 32_000  # the last norm, the loss's log-softmax
+    assert today["sdpa"] == pytest.approx(200 * own, rel=0.01)
+
+
+def test_table_1s_activations_by_hand():
+    """GiB of activations of LLaMA-7B, 8 x 512: 45.61 and 1.79 in the paper."""
+    tokens, norm, loss = 8 * 512, 10 * 4096, (2 + 2) * 32_000  # logits and their log-softmax, in 16 bits
+    layer = sum(lomo_memory.kept_in_2023(MODELS["7B"], 512).values())
+    without, with_it = (tokens * (32 * each + norm + loss) / 2**30 for each in (layer, 2 * 4096))
+    assert round(without, 1) == 43.4 and round(with_it, 2) == 1.64
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
