@@ -8,18 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = [
-    "held_all_along",
-    "held_with_few_trained",
-    "inside_layers",
-    "kept_by_all",
-    "kept_for_backward",
-    "kept_to_train",
-    "made_of_logits",
-    "moments",
-    "plan",
-    "qlora_sheet",
-]
+__all__ = ["held_all_along", "kept_for_backward", "kept_to_train", "made_of_logits", "moments", "plan", "qlora_sheet"]
 
 CATEGORIES = ("parameters", "optimizer states", "gradients", "activations", "temporary")
 
@@ -29,9 +18,6 @@ LLAMA = {  # hidden size, inner size, layers (Touvron et al., arXiv 2302.13971, 
     "33B": (6656, 17920, 60),
     "65B": (8192, 22016, 80),
 }
-
-
-NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes a number: its code, and its part of a scale and of a scale of scales
 
 
 def qlora_sheet(hidden, inner, layers, rank=64, vocabulary=32_000):
@@ -50,8 +36,9 @@ def qlora_sheet(hidden, inner, layers, rank=64, vocabulary=32_000):
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     other = 2 * vocabulary * hidden + (2 * layers + 1) * hidden
     adapters = rank * layers * (4 * 2 * hidden + 3 * (hidden + inner))
+    bits = 4 + 8 / 64 + 32 / (64 * 256)  # code, scale, scale of scales
     parts = {
-        "NF4 and scales": linear * NF4,
+        "NF4 and scales": linear * bits / 8,
         "embedding, head, norms": 4 * other,
         "adapters and gradients": 8 * adapters,
         "Adam, may be paged": 8 * adapters,
@@ -293,8 +280,11 @@ class Setting:
         return (4 if self.method == "QLoRA" else 2) * self.tokens * self.shape.hidden
 
 
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes a number, with scales and their scales
+
+
 def kept_for_backward(setting):
-    """Bytes that a layer keeps of each token until backward, without checkpointing.
+    """Bytes that a layer keeps of each token until backward, with all kept.
 
     Activations have 16 bits, norms compute in 32, and attention never makes its
     whole table. A layer in four bits gives back 32 bits, as its input has.
@@ -310,9 +300,9 @@ def kept_for_backward(setting):
 
 
 def kept_to_train(setting, normalized):
-    """Bytes that a layer keeps of each token because something in it is trained."""
+    """Bytes that a layer keeps of each token for what is trained."""
     shape = setting.shape
-    shared = 2 * (2 * shape.hidden + shape.inner)  # the norms' results; down's input
+    shared = 2 * (2 * shape.hidden + shape.inner)  # norms' results; down's
     inner = 7 * setting.rank  # what the adapters' first matrices give
     if setting.method == "P-tuning":
         return 0
@@ -325,13 +315,14 @@ def kept_to_train(setting, normalized):
 
 
 def held_all_along(setting):
-    """What does not depend on the batch: parameters, states, all gradients, in bytes."""
+    """Bytes of parameters, states, and all gradients: what knows no batch."""
     shape, method = setting.shape, setting.method
     if not setting.full:
         return held_with_few_trained(setting)
     tables = 1 if shape.tied else 2
     numbers = shape.layers * shape.weights + tables * shape.head + shape.norms
-    sides = shape.layers * shape.sides + tables * (shape.vocabulary + shape.hidden)
+    sides = tables * (shape.vocabulary + shape.hidden)
+    sides += shape.layers * shape.sides
     states = {
         "AdamW": 12 * numbers,  # master weight and two averages, in float32
         "AdamW, 16-bit": 4 * numbers,
@@ -344,7 +335,7 @@ def held_all_along(setting):
 
 
 def held_with_few_trained(setting):
-    """As `held_all_along`, of a frozen model with adapters, or behind a trained prompt."""
+    """As `held_all_along`, of a frozen model with adapters or a prompt."""
     shape, width = setting.shape, 2 if setting.adapters == "bfloat16" else 4
     linear = shape.layers * shape.weights
     other = (1 if shape.tied else 2) * shape.head + shape.norms
@@ -352,13 +343,13 @@ def held_with_few_trained(setting):
     if setting.method == "QLoRA":
         frozen = NF4 * linear + 4 * other
     trained = width * setting.rank * shape.layers * shape.sides
-    if setting.method == "P-tuning":  # two LSTM layers, both ways: 12; an MLP: 2
+    if setting.method == "P-tuning":  # two LSTM layers: 12; an MLP: 2
         trained = 4 * 14 * shape.hidden**2
     return frozen + trained, 2 * trained, trained
 
 
 def kept_by_all(setting):
-    """Bytes that are kept at the end of forward: by all layers, and beside them."""
+    """Bytes kept at the end of forward, by all layers and beside them."""
     shape, tokens = setting.shape, setting.tokens
     layer = tokens * kept_for_backward(setting)
     layers = shape.layers * (setting.stream if setting.checkpointing else layer)
@@ -376,19 +367,19 @@ def made_of_logits(setting):
     shape, tokens = setting.shape, setting.tokens
     logits = setting.logits
     if logits == tokens * shape.vocabulary:
-        return 4 * logits, 8 * logits  # log-softmax; its gradient, and the logits'
-    states = setting.stream  # in chunks, which add to gradients of states and head
+        return 4 * logits, 8 * logits  # log-softmax; gradients of it, of them
+    states = setting.stream  # chunks add to gradients of states and head
     head = 2 * shape.head if setting.full else 0
     chunk = 4 * logits, 8 * logits + states + head
     between = 0, states + 3 * head  # the sum so far, one more, the new sum
     return max(chunk, between, key=sum)
 
 
-COPIES = {"SGD": 4, "AdamW, 16-bit": 0, "AdaLomo": 16}  # bytes a number; others 8
+COPIES = {"SGD": 4, "AdamW, 16-bit": 0, "AdaLomo": 16}  # others 8
 
 
 def made_by_update(setting, numbers):
-    """Bytes of the float32 copies in which a weight of so many numbers is updated."""
+    """Bytes of the float32 copies in which so many numbers are updated."""
     return COPIES.get(setting.method, 8) * numbers
 
 
@@ -413,10 +404,10 @@ def moments(setting):
     casts = gradients // 2 if setting.autocast and setting.checkpointing else 0
     activations, temporary = made_of_logits(setting)
     update = made_by_update(setting, largest_weight(setting))
-    if setting.full and setting.shape.tied:  # two parts of a gradient, and their sum
-        update = max(update, 4 * setting.shape.head)
-    # a fused update begins with the head, unless it waits for the embedding
-    at_update = kept if setting.fused and not setting.shape.tied else 0
+    at_update = kept if setting.fused else 0  # begins with the head
+    if setting.full and setting.shape.tied:  # or waits for the embedding:
+        update = max(update, 4 * setting.shape.head)  # two parts, and their sum
+        at_update = 0
     return {  # logits in 16 bits, in 32, and their log-softmax
         "end of forward": (0, kept + casts + 10 * logits, 0),
         "start of backward": (0, kept + activations, temporary),
@@ -425,39 +416,43 @@ def moments(setting):
 
 
 def inside_layers(setting):
-    """Two more moments: the last layer's MLP in backward, and the first's."""
-    shape = setting.shape
+    """Two more moments: the last layer's MLP in backward, and the first's.
+
+    With checkpointing there are all layers' inputs, or the first's, and one
+    layer is made again. Without, all layers are there, or the first.
+    """
     layer = setting.tokens * kept_for_backward(setting)
-    last, first = gradients_there(setting)
-    made = made_by_layer(setting)
-    if not setting.checkpointing:
-        layers = shape.layers * layer
-        return {"last layer": (last, layers, made), "first layer": (first, layer, made)}
-    below = shape.layers * setting.stream  # and one layer is made again
+    stream, last, first = setting.stream, setting.shape.layers * layer, layer
+    if setting.checkpointing:
+        last, first = setting.shape.layers * stream + layer, stream + layer
+    made, gradients = made_by_layer(setting), gradients_there(setting)
     return {
-        "last layer": (last, below + layer, made),
-        "first layer": (first, setting.stream + layer, made),
+        "last layer": (gradients[0], last, made),
+        "first layer": (gradients[1], first, made),
     }
 
 
 def made_by_layer(setting):
     """Bytes that come and go in backward through a layer's MLP."""
-    shape = setting.shape
-    hidden, inner = setting.tokens * shape.hidden, setting.tokens * shape.inner
-    if setting.full or setting.adapters == "bfloat16":
+    shape, tokens = setting.shape, setting.tokens
+    hidden, inner = tokens * shape.hidden, tokens * shape.inner
+    three = 3 * 2 * inner  # gradients of SiLU, up and their product
+    if setting.full or setting.adapters == "bfloat16":  # down's input is gone
         update = made_by_update(setting, shape.hidden * shape.inner)
-        # three gradients, where down's input is let go of; one of the stream
-        return max(3 * 2 * inner - 2 * inner, setting.fused * update) + 2 * hidden
+        return max(three - 2 * inner, setting.fused * update) + 2 * hidden
+    held = 4 * hidden  # the layer is made again: its MLP's input, twice
     if setting.method == "P-tuning":
-        return 3 * 2 * inner + 6 * hidden  # there was no input of down's
-    if setting.method == "LoRA":  # up's result, its adapter's, their sum; not down's
-        return (2 + 4 + 4) * inner - 6 * inner + 12 * hidden
-    unpacked = 6 * shape.hidden * shape.inner  # a four-bit weight, for down's product
-    return max(4 * inner + 10 * hidden + unpacked, 3 * 4 * inner - 2 * inner + 4 * hidden)
+        return three + held + 2 * hidden
+    gradients = 8 * hidden  # of the layer's output, in 16 bits, in 32, in 16
+    if setting.method == "LoRA":  # up, its adapter, their sum; not yet down
+        return (2 + 4 + 4) * inner - (2 + 4) * inner + held + gradients
+    unpacked = 6 * shape.hidden * shape.inner  # down's weight, from four bits
+    again = (4 + 2 - 2) * inner + unpacked + held + 6 * hidden
+    return max(again, 2 * three - 2 * inner + 4 * hidden)
 
 
 def gradients_there(setting):
-    """Bytes of gradients during the last layer's backward, and during the first's."""
+    """Bytes of gradients while the last layer is in backward, and the first."""
     shape, gradients = setting.shape, held_all_along(setting)[2]
     if setting.method == "P-tuning":
         return 0, 0  # the encoder's come after the model's first layer
@@ -470,7 +465,7 @@ def gradients_there(setting):
 
 
 def plan(setting):
-    """Predict the peak of a `Setting`: {category: bytes} where their sum is largest.
+    """Predict a step's peak: {category: bytes} where their sum is largest.
 
     Live bytes, with one weight updated after the other: a process takes more.
     """
