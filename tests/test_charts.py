@@ -241,9 +241,9 @@ def test_the_bars_are_those_of_the_setting_that_is_chosen(model, rank):
     names = ["AdamW", "AdamW, 16-bit", "LoRA"]
     said = [f"{name}: {total:.1f} GiB" for name, total in zip(names, totals, strict=True)]
     assert [word for word in words if "GiB" in word and ":" in word] == said
-    pixel = lengths["LoRA, gradients: " + str(adapters)] / adapters
+    pixel = lengths[f"{said[2]}; gradients {adapters}"] / adapters
     assert pixel == pytest.approx(4.3, rel=0.01)  # 430 pixels for 100 GiB
-    half = lengths[f"AdamW, 16-bit, parameters: {scale * 6.275:.1f}"]
+    half = lengths[f"{said[1]}; parameters {scale * 6.275:.1f}"]
     assert half == pytest.approx(pixel * round(scale * 6.275, 1), rel=0.01)
 
 

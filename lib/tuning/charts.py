@@ -178,59 +178,72 @@ def planner(rows, question, alt):
             is there twice in one setting, no question, no alternative text.
     """
     check_rows([row | {"value": _total(row)} for row in rows], ("choice", "bar", "parts"))
-    categories, bars, menus = list(rows[0]["parts"]), list(dict.fromkeys(row["bar"] for row in rows)), {}
+    categories, bars = list(rows[0]["parts"]), list(dict.fromkeys(row["bar"] for row in rows))
+    choices = _menus(rows, question)
+    base = altair.Chart(_table(rows, choices, categories)).encode(y=altair.Y("bar:N", sort=bars, axis=None))
+    for place, choice in enumerate(choices.values()):
+        chosen = f"datum.m{place} == indexof({json.dumps(choice.param.bind.options)}, {choice.name})"
+        base = base.transform_filter(f"!isValid(datum.m{place}) || {chosen}")
+    measured = "isValid(datum.measured) ? ', measured ' + format(datum.measured, ',.1f') : ''"
+    base = base.transform_calculate(said=f"datum.bar + ': ' + format(datum.total, ',.1f') + ' GiB' + ({measured})")
+    words = base.mark_text(align="left", yOffset=-7, fontSize=13, color=INK, aria=False)
+    words = words.encode(x=altair.value(0), text="said:N")
+    dots = base.transform_filter("isValid(datum.measured)").mark_point(
+        shape="diamond", filled=True, size=110, yOffset=9, color=COLORS[3], opacity=1, clip=True, aria=False
+    )
+    rules, sizes = _cards(bars)
+    drawing = altair.layer(rules, _stacks(base, categories), dots.encode(x="measured:Q"), words, sizes)
+    names = [f"{json.dumps(menu + ': ')} + {choice.name}" for menu, choice in choices.items()]
+    lines = [" + ', ' + ".join(names[start : start + 2]) for start in range(0, len(names), 2)]
+    title = altair.Title(altair.expr(f"[{', '.join([json.dumps(question), *lines])}]"))
+    drawing = drawing.add_params(*choices.values())
+    return Chart(drawing.properties(width=WIDTH, height=altair.Step(38), title=title), question, alt)
+
+
+def _menus(rows, question):
+    """{menu: Altair's parameter for it}; the first setting is one that was measured, if one was."""
+    options = {}
     for row in rows:
         for menu, option in row["choice"].items():
-            menus.setdefault(menu, {}).setdefault(option)
-    menus = {menu: list(options) for menu, options in menus.items()}
+            options.setdefault(menu, {}).setdefault(option)
     first = next((row for row in rows if row.get("measured")), rows[0])["choice"]
-    choices = {
+    return {
         menu: altair.param(
             name=own_name(question + menu),
-            value=first.get(menu, options[0]),
-            bind=altair.binding_select(options=options, name=menu),
+            value=first.get(menu, next(iter(those))),
+            bind=altair.binding_select(options=list(those), name=menu),
         )
-        for menu, options in menus.items()
+        for menu, those in options.items()
     }
-    base = altair.Chart(_table(rows, menus, categories))
-    for place, (menu, options) in enumerate(menus.items()):
-        chosen = f"datum.m{place} == indexof({json.dumps(options)}, {choices[menu].name})"
-        base = base.transform_filter(f"!isValid(datum.m{place}) || {chosen}")
-    base = base.encode(y=altair.Y("bar:N", sort=bars, axis=None))
+
+
+def _stacks(base, categories):
+    """The bars themselves, as a layer."""
+    parts = base.transform_fold(categories, as_=["part", "GiB"]).transform_calculate(
+        place=f"indexof({json.dumps(categories)}, datum.part)", label="datum.said + '; ' + datum.part + ' ' + datum.GiB"
+    )
     across = altair.X(
         "GiB:Q",
         title="GiB alive at the peak; the lines are cards, in GB",
         scale=altair.Scale(domain=[0, WIDEST], nice=False),
         axis=altair.Axis(tickCount=6),
     )
-    parts = base.transform_fold(categories, as_=["part", "GiB"]).transform_calculate(
-        place=f"indexof({json.dumps(categories)}, datum.part)", label="datum.bar + ', ' + datum.part + ': ' + datum.GiB"
-    )
     colors = altair.Scale(domain=categories, range=[COLORS[index] for index in (0, 1, 2, 4, 5)][: len(categories)])
     legend = altair.Legend(title=None, orient="top", columns=3, labelFontSize=12, labelColor=INK)
-    thick = parts.mark_bar(height=12, yOffset=9, clip=True).encode(
+    return parts.mark_bar(height=12, yOffset=9, clip=True).encode(
         x=across, color=altair.Color("part:N", scale=colors, legend=legend), order="place:Q", description="label:N"
     )
-    measured = "isValid(datum.measured) ? ', measured ' + format(datum.measured, ',.1f') : ''"
-    base = base.transform_calculate(said=f"datum.bar + ': ' + format(datum.total, ',.1f') + ' GiB' + ({measured})")
-    words = base.mark_text(align="left", yOffset=-7, fontSize=13, color=INK, aria=False)
-    words = words.encode(x=altair.value(0), text="said:N")
-    dots = base.transform_filter("isValid(datum.measured)").mark_point(
-        shape="diamond", filled=True, size=110, yOffset=9, color=COLORS[3], opacity=1, clip=True
-    )
-    dots = dots.encode(x="measured:Q", description="said:N")
+
+
+def _cards(bars):
+    """A line a card behind each bar, which leaves the words alone, and the cards' sizes on top: two layers."""
     cards = altair.Chart(altair.Data(values=[{"GiB": size, "bar": bar} for bar in bars for size in CARDS]))
     cards = cards.encode(x="GiB:Q")
-    rules = cards.mark_tick(orient="vertical", size=18, thickness=1.5, yOffset=9, color=INK, aria=False)  # not in words
-    rules = rules.encode(y=altair.Y("bar:N", sort=bars, axis=None))
+    rules = cards.mark_tick(orient="vertical", size=18, thickness=1.5, yOffset=9, color=INK, aria=False)
     sizes = cards.transform_filter(altair.datum.bar == bars[0])
     sizes = sizes.mark_text(baseline="bottom", dy=-2, fontSize=12, color=INK, aria=False)
-    sizes = sizes.encode(y=altair.value(0), text="GiB:N")
-    names = [f"{json.dumps(menu + ': ')} + {choice.name}" for menu, choice in choices.items()]
-    lines = [" + ', ' + ".join(names[start : start + 2]) for start in range(0, len(names), 2)]
-    title = altair.Title(altair.expr(f"[{json.dumps(question)}, {', '.join(lines)}]"))
-    drawing = altair.layer(rules, thick, dots, words, sizes).add_params(*choices.values())
-    return Chart(drawing.properties(width=WIDTH, height=altair.Step(38), title=title), question, alt)
+    rules = rules.encode(y=altair.Y("bar:N", sort=bars, axis=None))
+    return rules, sizes.encode(y=altair.value(0), text="GiB:N")
 
 
 def _total(row):
@@ -239,9 +252,10 @@ def _total(row):
     return sum(values[:-1]) if all(isinstance(value, numbers.Real) for value in values) else math.nan
 
 
-def _table(rows, menus, categories):
+def _table(rows, choices, categories):
     """The rows as comma-separated text, in which an option is its number: short, since it goes into each page."""
     text, seen = io.StringIO(), set()
+    menus = {menu: choice.param.bind.options for menu, choice in choices.items()}
     writer = csv.writer(text, lineterminator="\n")
     fields = [f"m{place}" for place in range(len(menus))]
     writer.writerow([*fields, "bar", "total", *categories, "measured"])
