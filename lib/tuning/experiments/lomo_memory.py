@@ -53,7 +53,9 @@ def kept_in_2023(shape, length):
 
 @contextmanager
 def as_in_2023():
-    """Let `simulate(setting, "eager")` run what transformers' LLaMA (4.28) and the authors' loop ran, from memory.
+    """Let `simulate(setting, "eager")` run what transformers' LLaMA (4.28) and the authors' loop ran.
+
+    It was written down as remembered, and compared with neither.
 
     Beside today's eager attention a layer then keeps the scores before their maximum with the lowest number; each
     norm its input in 16 bits; without checkpointing keys and values for a cache that training does not need. The loop
