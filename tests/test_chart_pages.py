@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Visit, build
+from notebook_rules import ROOT
 from tuning.charts import MIME_TYPE
 from tuning.experiments.record import load_results
 
@@ -197,3 +198,36 @@ def test_whatever_a_bar_is_called_its_description_arrives_whole(tmp_path):
     page = Descriptions()
     page.feed((build(tmp_path / "out", tmp_path) / "index.html").read_text(encoding="utf-8"))
     assert [json.loads(text) for text in page.found] == [data[MIME_TYPE]]
+
+
+def test_menus_choose_the_planners_setting(browser, tmp_path):
+    import nbformat
+    from tuning.charts import planner
+
+    rows = [
+        {"choice": {"model": model, "checkpointing": how}, "bar": bar, "parts": {"parameters": size, "states": size}}
+        for model, size in (("7B", 12.5), ("65B", 121.6))
+        for how in ("on", "off")
+        for bar in ("LOMO", "LoRA")
+    ]
+    data, metadata = planner(rows, "Which bar does your card hold?", "Two bars.")._repr_mimebundle_()
+    output = nbformat.v4.new_output("display_data", data, metadata=metadata)
+    cells = [nbformat.v4.new_markdown_cell("# A chart"), nbformat.v4.new_code_cell("chart", outputs=[output])]
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+    nbformat.write(book, tmp_path / "index.ipynb")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (tmp_path / "_config.yml").write_text(
+        "title: A chart\nexecute: {execute_notebooks: 'off'}\nsphinx: {extra_extensions: [pages.charts], "
+        f"config: {{html_static_path: ['{ROOT / 'book' / '_static'}']}}}}\n"
+    )
+    html = build(tmp_path / "out", tmp_path)
+    with Visit(browser, (html / "index.html").as_uri(), width=390) as visit:
+        visit.page.locator(".chart select").first.select_option("65B")  # which may be before the chart lives
+        reach(visit)
+        visit.page.locator(".chart select").last.select_option("off")
+        title = visit.page.locator(".chart svg").get_by_text("model: 65B, checkpointing: off", exact=True)
+        title.wait_for()
+        assert visit.page.locator(".chart svg").get_by_text("LOMO: 243.2 GiB", exact=True).count() == 1
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+        found = Axe().run(visit.page, context=".chart").response["violations"]
+        assert not found, [node["html"] for fault in found for node in fault["nodes"]]
