@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -172,17 +173,23 @@ def test_the_plan_of_a_deep_model_and_one_long_text(method):
     assert abs(off(Setting(method, Shape(512, 1408, 12), 1, 700))) < 0.02
 
 
-@pytest.mark.parametrize("adapters", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("adapters", ["copies", "autocast", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_plan_of_adapters_that_compute_in_sixteen_bits(adapters, checkpointing):
     assert abs(off(Setting("LoRA", SHAPES["LLaMA"], 3, 200, checkpointing, adapters=adapters))) < 0.02
 
 
-def saved_by_autograd(setting):
-    """Bytes of a forward pass that autograd saves, besides weights."""
+def saved_by_autograd(setting, wrap=None):
+    """Bytes of a forward pass that autograd saves, besides weights; `wrap` puts adapters in instead of the library."""
     torch.manual_seed(0)
     model = simulate.untrained(setting.shape)
-    _, inputs, whole = simulate.prepare(model, setting)
+    _, inputs, whole = simulate.prepare(model, setting) if wrap is None else (None, None, wrap(model))
+    if wrap is not None:
+        model.enable_input_require_grads()
+
+        def inputs(ids):
+            return {"input_ids": ids, "labels": ids}
+
     storages, weights = {}, {weight.untyped_storage().data_ptr() for weight in whole.parameters()}
 
     def note(tensor):
@@ -216,7 +223,17 @@ def test_adapters_keep_more_or_less_than_full_training():
     """Dividing by what full fine-tuning of LLaMA-7B keeps."""
     full = kept_for_backward(Setting("AdamW", MODELS["7B"], 1, 1))
     found = [kept_for_backward(Setting("LoRA", MODELS["7B"], 1, 1, adapters=kind)) / full for kind in ADAPTERS]
-    assert [round(ratio, 2) for ratio in found] == [1.48, 1.09, 0.92]
+    assert [round(ratio, 2) for ratio in found] == [0.92, 1.48, 1.09, 0.92]
+
+
+def test_peft_keeps_the_copies():
+    """A layer's bytes with peft's own adapters, beside this library's with copies."""
+    kept = {}
+    for layers in (1, 3):
+        setting = Setting("LoRA", Shape(256, 512, layers), 2, 40, rank=8, adapters="copies")
+        config = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        kept[layers] = saved_by_autograd(setting, lambda model, config=config: get_peft_model(model, config))
+    assert kept_for_backward(setting) == pytest.approx((kept[3] - kept[1]) / 2 / setting.tokens, rel=0.005)
 
 
 def test_the_shapes_are_the_models():
@@ -274,7 +291,7 @@ def test_table_1s_activations_by_hand():
         ({"length": 51.2}, "length is 51.2"),
         ({"chunk": 0}, "chunk is 0"),
         ({"rank": -1}, "rank is -1"),
-        ({"adapters": "int8"}, "adapters are 'int8'; choose one of float32, autocast, bfloat16"),
+        ({"adapters": "int8"}, "adapters are 'int8'; choose one of float32, copies, autocast, bfloat16"),
         ({"adapters": "bfloat16"}, "which is LoRA's choice; leave it out with LOMO"),
     ],
 )

@@ -205,7 +205,7 @@ MODELS = {name: Shape(*sizes) for name, sizes in LLAMA.items()} | {  # from the 
 }
 
 METHODS = ("AdamW", "AdamW, 16-bit", "SGD", "LOMO", "AdaLomo", "LoRA", "QLoRA", "P-tuning")
-ADAPTERS = ("float32", "autocast", "bfloat16")
+ADAPTERS = ("float32", "copies", "autocast", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -220,8 +220,8 @@ class Setting:
         batch, length: sequences, and tokens of each; checkpointing: keep a layer's input only.
         chunk: tokens whose logits are made at once (`training.chunked_loss`), None for all.
         rank: of adapters beside all linear layers; prompt: pseudo tokens in front, from P-tuning's encoder.
-        adapters: how LoRA's compute: in "float32" as in peft, in float32 under "autocast", or in "bfloat16" as the
-            model. QLoRA's are under autocast.
+        adapters: how LoRA's compute: in "float32"; the same with "copies" of their inputs in float32, which peft's keep
+            for backward; in float32 under "autocast"; or in "bfloat16" as the model. QLoRA's are under autocast.
 
     Raises:
         ValueError: an unknown method or kind of adapters, or sizes that are not positive.
@@ -308,8 +308,8 @@ def kept_to_train(setting, normalized):
         return 0
     if setting.full:
         return shared + 2 * normalized  # each norm's result, before its weight
-    if setting.adapters == "bfloat16":
-        return shared + 2 * inner
+    if setting.adapters in ("float32", "bfloat16") and not setting.autocast:
+        return shared + (4 if setting.adapters == "float32" else 2) * inner
     own = sum(rows for rows, _ in shape.linear)  # each adapter copies its input
     return (2 if setting.autocast else 4) * (own + inner)
 

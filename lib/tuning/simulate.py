@@ -4,9 +4,11 @@
 by side, so it imports them.
 """
 
+from functools import partial
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
@@ -100,6 +102,9 @@ def prepare(model, setting):
                 model.set_submodule(path, Linear4bit(empty_codes(layer.weight)))
             prepare_for_training(model, checkpointing=False)
         add_lora(model, rank=setting.rank, alpha=ALPHA)
+        if setting.adapters == "copies":
+            for adapter in (module for module in model.modules() if isinstance(module, LoRA)):
+                adapter.forward = partial(with_copies, adapter)
         if setting.adapters == "bfloat16":
             for weight in model.parameters():
                 weight.data = weight.data.to(DTYPE)
@@ -143,6 +148,11 @@ def step(optimizer, loss, note=lambda text: None):
         note("step")
         optimizer.step()
         optimizer.zero_grad()
+
+
+def with_copies(adapter, x):
+    """`LoRA.forward` as peft has it: the input's copy in float32 is kept for backward."""
+    return F.linear(F.linear(x.to(adapter.A.dtype), adapter.A) * adapter.scale, adapter.B)
 
 
 def simulate(setting, attention="sdpa"):
