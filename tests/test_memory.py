@@ -244,7 +244,7 @@ def test_the_shapes_are_the_models():
         numbers[name] = sum(weight.numel() for weight in model.parameters())
         assert held_all_along(Setting("LOMO", shape, 1, 1))[0] == 2 * numbers[name]
     assert numbers["7B"] == 6_738_415_616 and numbers["Llama-3-8B"] == 8_030_261_248
-    assert numbers["Qwen3-8B"] == 8_190_735_360
+    assert numbers["Qwen3-8B"] == 8_190_735_360 and numbers["Llama-3.2-1B"] == 1_235_814_400
 
 
 def test_the_plan_of_table_1():

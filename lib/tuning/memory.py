@@ -200,6 +200,7 @@ class Shape:
 
 
 MODELS = {name: Shape(*sizes) for name, sizes in LLAMA.items()} | {  # from the models' config.json
+    "Llama-3.2-1B": Shape(2048, 8192, 16, heads=32, kv_heads=8, head_size=64, vocabulary=128_256, tied=True),
     "Llama-3-8B": Shape(4096, 14336, 32, heads=32, kv_heads=8, vocabulary=128_256),
     "Qwen3-8B": Shape(4096, 12288, 36, heads=32, kv_heads=8, vocabulary=151_936, qk_norms=True),
 }

@@ -9,7 +9,8 @@ master weights) beside LOMO, with and without activation checkpointing.
 
 import gc
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import product
 from unittest import mock
 
 import torch
@@ -23,10 +24,15 @@ from .record import Recorder, option_parser
 TOY = {"toy": Shape(128, 256, 2)}
 
 
-def simulated(setting, attention="sdpa"):
-    """Bytes by category at the simulated peak, and the largest of each category in the step."""
-    live = simulate(setting, attention)
-    return {"peak": live.peak, "largest": live.largest}
+def simulated(setting, way="sdpa"):
+    """Bytes by category at the simulated peak, the largest of each in the step, and `forward_minus_before`.
+
+    Args:
+        way: today's attention, "sdpa" or "eager"; or "2023", as in `as_in_2023`.
+    """
+    with as_in_2023() if way == "2023" else nullcontext():
+        live = simulate(setting, "eager" if way == "2023" else way)
+    return {"peak": live.peak, "largest": live.largest, "forward minus before": forward_minus_before(live)}
 
 
 def forward_minus_before(live):
@@ -55,7 +61,7 @@ def kept_in_2023(shape, length):
 def as_in_2023():
     """Let `simulate(setting, "eager")` run what transformers' LLaMA (4.28) and the authors' loop ran.
 
-    It was written down as remembered, and compared with neither.
+    Attention is as the code of that year has it; the rest was written down as remembered, and compared with nothing.
 
     Beside today's eager attention a layer then keeps the scores before their maximum with the lowest number; each
     norm its input in 16 bits; without checkpointing keys and values for a cache that training does not need. The loop
@@ -154,7 +160,7 @@ def main(arguments=None):
     else:
         short, long = (options.batch, options.length), (1, options.batch * options.length // 2)
         cases = [(*short, True), (*short, False), (*long, True)]
-        total = len(sizes) * len(METHODS) * len(cases) + len(sizes[:2])
+        total = len(sizes) * len(METHODS) * len(cases) + 4 * len(sizes[:2])
         recorder = Recorder("lomo_memory", options.out, torch.device("cpu"), total, save=options.save, **settings)
         for name in sizes:
             for method in METHODS:
@@ -162,9 +168,10 @@ def main(arguments=None):
                     run = Setting(method, shapes[name], batch, length, checkpointing)
                     key = f"{name}/{method}/{'with' if checkpointing else 'without'} checkpointing/{batch}x{length}"
                     recorder.piece(key, lambda r=run: simulated(r))
-        for name in sizes[:2]:
-            run = Setting("LOMO", shapes[name], *short, checkpointing=False)
-            recorder.piece(f"{name}/LOMO/eager attention/{short[0]}x{short[1]}", lambda r=run: simulated(r, "eager"))
+        for name, way, checkpointing in product(sizes[:2], ("eager", "2023"), (True, False)):
+            run = Setting("LOMO", shapes[name], *short, checkpointing)
+            key = f"{name}/LOMO/{way}, {'with' if checkpointing else 'without'} checkpointing/{short[0]}x{short[1]}"
+            recorder.piece(key, lambda r=run, w=way: simulated(r, w))
     recorder.finish()
 
 
