@@ -29,6 +29,7 @@ from tuning.memory import (
     kept_for_backward,
     plan,
     qlora_sheet,
+    shape_of,
 )
 from tuning.qlora import prepare_for_training
 
@@ -245,6 +246,22 @@ def test_the_shapes_are_the_models():
         assert held_all_along(Setting("LOMO", shape, 1, 1))[0] == 2 * numbers[name]
     assert numbers["7B"] == 6_738_415_616 and numbers["Llama-3-8B"] == 8_030_261_248
     assert numbers["Qwen3-8B"] == 8_190_735_360 and numbers["Llama-3.2-1B"] == 1_235_814_400
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shape_is_read_from_a_configuration(name):
+    assert shape_of(simulate.config_of(MODELS[name])) == MODELS[name]
+
+
+def test_the_shape_of_the_default_model(smollm2):
+    model, _ = smollm2
+    shape = shape_of(model.config)
+    assert shape.layers * shape.weights + shape.head + shape.norms == model.num_parameters() and shape.tied
+
+
+def test_a_kind_that_is_not_planned_is_named(gpt2):
+    with pytest.raises(ValueError, match="no plan for models of the kind 'gpt2', only for llama, mistral, qwen3"):
+        shape_of(gpt2[0].config)
 
 
 def test_the_plan_of_table_1():

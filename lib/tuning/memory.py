@@ -199,6 +199,32 @@ class Shape:
         return self.layers * (2 * self.hidden + 2 * self.head_size * self.qk_norms) + self.hidden
 
 
+def shape_of(config):
+    """The `Shape` of a model, from transformers' configuration of it, e.g. `AutoConfig.from_pretrained("Qwen/Qwen3-8B")`.
+
+    Raises:
+        ValueError: a kind of model that is not planned here.
+    """
+    kinds = {"llama": False, "mistral": False, "qwen3": True}  # are queries and keys normalized?
+    if config.model_type not in kinds:
+        raise ValueError(
+            f"no plan for models of the kind {config.model_type!r}, only for {', '.join(kinds)}; if yours is built alike, "
+            "write its Shape(hidden, inner, layers, ...) yourself"
+        )
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        head_size,
+        config.vocab_size,
+        kinds[config.model_type],
+        config.tie_word_embeddings,
+    )
+
+
 MODELS = {name: Shape(*sizes) for name, sizes in LLAMA.items()} | {  # from the models' config.json
     "Llama-3.2-1B": Shape(2048, 8192, 16, heads=32, kv_heads=8, head_size=64, vocabulary=128_256, tied=True),
     "Llama-3-8B": Shape(4096, 14336, 32, heads=32, kv_heads=8, vocabulary=128_256),
