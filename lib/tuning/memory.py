@@ -200,7 +200,7 @@ class Shape:
 
 
 def shape_of(config):
-    """The `Shape` of a model, from transformers' configuration of it, e.g. `AutoConfig.from_pretrained("Qwen/Qwen3-8B")`.
+    """The `Shape` of a model, from its configuration, as `AutoConfig.from_pretrained("Qwen/Qwen3-8B")` gives it.
 
     Raises:
         ValueError: a kind of model that is not planned here.
@@ -208,8 +208,8 @@ def shape_of(config):
     kinds = {"llama": False, "mistral": False, "qwen3": True}  # are queries and keys normalized?
     if config.model_type not in kinds:
         raise ValueError(
-            f"no plan for models of the kind {config.model_type!r}, only for {', '.join(kinds)}; if yours is built alike, "
-            "write its Shape(hidden, inner, layers, ...) yourself"
+            f"no plan for models of the kind {config.model_type!r}, only for {', '.join(kinds)}; if yours is built "
+            "alike, write its Shape(hidden, inner, layers, ...) yourself"
         )
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
