@@ -1,0 +1,251 @@
+"""Builds book/2-lora/lab/6-lora.ipynb."""
+import sys
+import nbformat
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+cells = []
+def md(text): cells.append(new_markdown_cell(text.strip("\n")))
+def code(text, *tags): cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
+md(r"""
+# Laboratory 6: LoRA
+
+*How much of a change is needed, what does the scale do as the rank grows, and what is counted?*
+
+These are the controls and counts behind [chapter 6](../6-lora.ipynb). Take what interests you; the sections stand alone.
+""")
+code(r"""
+# @title Imports
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tuning.evaluate import paired_interval
+from tuning.experiments.record import load_results, provenance_line
+from tuning.lora import LoRA
+from tuning.models import load_lm
+from tuning.plots import figure, panels
+from tuning.prompts import encode
+""", "hide-cell")
+md(r"""
+## The change of full fine-tuning, term by term
+
+All weights were tuned to the country of a city, on three seeds. The **singular value decomposition** writes the change
+of each of the 210 linear layers as a sum of simple matrices, the largest first:
+
+$$\Delta W = \sum_i \sigma_i\, u_i v_i^\top, \qquad \sigma_1 \ge \sigma_2 \ge \dots \ge 0.$$
+
+The first $r$ terms are the best matrix of rank $r$, and what they leave out has the squared length
+$\sum_{i>r}\sigma_i^2$ (Eckart and Young, 1936). How much do they hold?
+""")
+code(r"""
+# @title Figure: share of the squared length, by rank
+recorded = load_results("first_directions")
+print(provenance_line(recorded))
+pieces = recorded["results"]
+changes = [pieces[f"change/{seed}"] for seed in range(3)]
+RANKS = [int(rank) for rank in changes[0]["spectrum"]["held"]]
+fig, axes = figure(
+    SPECTRUM_TITLE,
+    "first r terms of each layer's change",
+    "share of squared length",
+)
+for seed, change in enumerate(changes):
+    axes.plot(
+        RANKS, list(change["spectrum"]["held"].values()), label=f"seed {seed}"
+    )
+axes.set(xscale="log", ylim=(0, 1))
+axes.set_xticks(RANKS, RANKS)
+axes.legend()
+plt.show()
+terms = [change["spectrum"]["terms for nine tenths"] for change in changes]
+print("terms that hold nine tenths: least, median and most of a layer", terms)
+""", "hide-input")
+md(r"""
+TEXT on spectrum; Biderman et al. with our count.
+
+## Putting parts back
+
+Each row puts one part of the change into the 210 linear layers of the untrained model. Embeddings and norms stay as they
+were, so "whole, linear layers" is not quite the tuned model.
+""")
+code(r"""
+# @title Table: what each part brings
+PARTS = {
+    "tuned": "tuned, all weights",
+    "linear layers": "whole, linear layers",
+    "first 1": "first term",
+    "first 8": "first 8 terms",
+    "first 64": "first 64 terms",
+    "shortened as first 1": "whole, as short as the first term",
+    "shortened as first 8": "whole, as short as the first 8",
+    "without first 1": "all but the first term",
+    "without first 8": "all but the first 8",
+    "8 random": "8 random directions",
+    "8 random, drawn out": "8 random, as long as the first 8",
+    "nothing": "nothing",
+}
+
+
+def hits(piece):
+    return torch.tensor([int(hit) for hit in piece["hits"]]).double()
+
+
+def line(kind):
+    runs = [hits(change[kind]) for change in changes]
+    whole = [hits(change["linear layers"]) for change in changes]
+    gaps = [one - other for one, other in zip(runs, whole, strict=True)]
+    low, high = paired_interval(gaps, same_items=True)
+    n = len(runs[0])
+    less = f"{n * torch.cat(gaps).mean():+.0f} ({n * low:+.0f} to {n * high:+.0f})"
+    right = n * torch.cat(runs).mean().item()
+    continents = [change[kind]["continents"].count("1") for change in changes]
+    return {
+        f"right, of {n:,}": round(right),
+        "beside the whole": less,
+        "continents, of 160": round(sum(continents) / 3),
+    }
+
+
+pd.DataFrame({name: line(kind) for kind, name in PARTS.items()}).T
+""", "hide-input")
+md(r"""
+TEXT.
+
+## What the scale does as the rank grows
+
+How much does the first step change the output when $r$ grows? Two facts are enough. $B$ starts at zero. And each number
+of $Ax$ has the same size at every rank. With $g$ the gradient of the output and $s$ the scale:
+
+- **SGD** moves $B$ by $-\eta s\, g (Ax)^\top$. The output moves by $s$ times that, times $Ax$: $-\eta s^2 \lVert Ax\rVert^2 g$.
+  $\lVert Ax\rVert^2$ is a sum of $r$ squares, so this grows as $s^2 r$.
+- **Adam** moves every number of $B$ by $\eta$, whatever its gradient's size. Output $i$ moves by $s\,\eta$ times a sum of $r$
+  terms $\lvert (Ax)_j\rvert$, all of one sign, so this grows as $s\,r$.
+
+For $\alpha/\sqrt r$ the first is level, for $\alpha/r$ the second. We measure it beside a real layer, with the inputs that
+it gets from sixteen prompts.
+""")
+code(r"""
+model, tokenizer = load_lm(dtype=torch.float32)
+layer = model.model.layers[15].self_attn.q_proj
+cities = "Paris Rome Osaka Lima Accra Delhi Oslo Quito Cairo Milan".split()
+caught = []
+hook = layer.register_forward_hook(
+    lambda module, inputs, output: caught.append(inputs[0][0])
+)
+with torch.no_grad():
+    for city in cities:
+        ids = encode(tokenizer, "The city of [X] is in the country of [Y].", city)
+        model(torch.tensor([ids], device=model.device))
+hook.remove()
+X = torch.cat(caught).cpu()  # (tokens, in)
+torch.manual_seed(0)
+wanted = X @ torch.randn(576, 576) / 24  # (tokens, out)
+""")
+code(r"""
+def first_step(rank, rslora, optimizer, lr):
+    # What an adapter adds after one step, root mean square of eight draws.
+    found = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        adapter = LoRA(576, 576, rank, alpha=16, rslora=rslora)
+        step = optimizer(adapter.parameters(), lr=lr)
+        (adapter(X) - wanted).square().mean().backward()
+        step.step()
+        found.append(adapter(X).square().mean().sqrt().item())
+    return sum(found) / len(found)
+
+
+RULES = {"α/r": False, "α/√r": True}
+OPTIMIZERS = {"SGD": (torch.optim.SGD, 1e-2), "Adam": (torch.optim.Adam, 1e-4)}
+ranks = [1, 4, 16, 64, 256]
+added = {
+    (name, rule): [first_step(rank, rslora, *how) for rank in ranks]
+    for name, how in OPTIMIZERS.items()
+    for rule, rslora in RULES.items()
+}
+added = pd.DataFrame(added, index=pd.Index(ranks, name="rank"))
+added = added / added.loc[1]
+print(added.round(2).to_string())
+""", "nbval-ignore-output")
+code(r"""
+# @title Figure: one step, by rank
+fig, axes = panels("After one step α/√r is level with SGD, α/r with Adam", (1, 1))
+for ax, name in zip(axes, OPTIMIZERS, strict=True):
+    for rule in RULES:
+        ax.plot(ranks, added[name, rule], label=rule)
+    ax.set(xscale="log", yscale="log", xlabel="rank", title=name, ylim=(1e-3, 30))
+axes[0].set_ylabel("added to the output, rank 1 is 1")
+axes[0].legend()
+plt.show()
+""", "hide-input", "nbval-ignore-output")
+code(r"""
+# @title ✓ Level where the two facts say so
+last = added.loc[256]
+assert last["SGD", "α/r"] < 0.02 and 0.2 < last["SGD", "α/√r"] < 3
+assert 0.2 < last["Adam", "α/r"] < 3 and last["Adam", "α/√r"] > 4
+print("level where the two facts say so")
+""", "hide-cell")
+md(r"""
+This is one step from $B = 0$ in one layer. Later steps do not all push the same way, and Kalajdzievski (2023), who trained
+with AdamW, found $\alpha/\sqrt r$ better at large ranks. When the best rate is the same at every rank, and when it falls
+with the rank, is derived by Chen, Villar and Hayou (2026). Chapter 7 measures it.
+
+## How many operations
+
+A product with $n$ tokens costs $2n \cdot \text{in} \cdot \text{out}$ operations. Full training makes three for each layer:
+the output, the gradient of the input, the gradient of the weight. LoRA leaves out the last, and adds thin ones. torch
+counts them:
+""")
+code(r"""
+class Beside(nn.Module):
+    def __init__(self, base, adapter):
+        super().__init__()
+        self.base, self.adapter = base.requires_grad_(False), adapter
+
+    def forward(self, x):
+        return self.base(x) + self.adapter(x)
+
+
+def operations(layer, n=256):
+    x = torch.randn(n, 576, requires_grad=True)  # from the layer before
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    return counter.get_total_flops()
+
+
+full = operations(nn.Linear(576, 576, bias=False))
+for rank in (1, 8, 64):
+    thin = Beside(nn.Linear(576, 576, bias=False), LoRA(576, 576, rank, 16))
+    count = operations(thin)
+    print(f"r = {rank:2}: {count / full:.2f} of full training's operations")
+    assert count == 2 * 2 * 256 * 576 * 576 + 3 * 2 * 256 * rank * (576 + 576)
+assert full == 3 * 2 * 256 * 576 * 576
+""")
+md(r"""
+Up to a third is saved in a layer. In this small square one, two thirds of that are gone again at rank 64. Attention's own
+products have no weights, so there LoRA saves nothing. Whether a step is faster has to be timed: chapter 7.
+
+## GPT-3, counted
+
+The paper's adapters have rank 4, beside the query and value matrices of 96 layers of width 12,288.
+""")
+code(r"""
+width, layers = 12_288, 96
+adapter = layers * 2 * 4 * (width + width)  # two matrices a layer, rank 4
+full = 175_255_800_000  # the paper's count
+print(f"{adapter:,} of {full:,}: {full / adapter:,.0f} times fewer")
+print(f"in 16 bits {2 * full / 1e9:.0f} GB and {2 * adapter / 1e6:.1f} MB")
+""")
+md(r"""
+The paper says 10,000 times fewer, and 350 GB that become 35 MB. Counted out it is 9,285 times, and 37.7 MB.
+
+**Sources.** [Hu et al. 2021](https://arxiv.org/abs/2106.09685) (LoRA);
+[Eckart and Young 1936](https://doi.org/10.1007/BF02288367) (the best matrix of lower rank);
+[Biderman et al. 2024](https://arxiv.org/abs/2405.09673) (the rank of full fine-tuning's change);
+[Kalajdzievski 2023](https://arxiv.org/abs/2312.03732) (rank-stabilized LoRA);
+[Chen, Villar and Hayou 2026](https://arxiv.org/abs/2602.06204) (rates across ranks).
+""")
+if __name__ == "__main__":
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
