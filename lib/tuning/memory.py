@@ -205,7 +205,8 @@ def shape_of(config):
     Raises:
         ValueError: a kind of model that is not planned here.
     """
-    kinds = {"llama": False, "mistral": False, "qwen3": True}  # are queries and keys normalized?
+    # are queries and keys normalized? Qwen 2 has a few biases, which are not counted
+    kinds = {"llama": False, "mistral": False, "qwen2": False, "qwen3": True}
     if config.model_type not in kinds:
         raise ValueError(
             f"no plan for models of the kind {config.model_type!r}, only for {', '.join(kinds)}; if yours is built "
@@ -321,7 +322,7 @@ def kept_for_backward(setting):
     normalized = 2 * shape.hidden + (queries + keys if shape.qk_norms else 0)
     norms = 4 * normalized  # what goes in, in float32
     attention = 2 * (queries + 2 * keys) + 2 * queries  # and what comes out
-    attention += 4 * shape.heads  # the logarithm of a sum
+    attention += 4 * shape.heads  # a sum for each head, of the softmax
     mlp = width * 3 * shape.inner  # gate, its SiLU, up
     return norms + attention + mlp + kept_to_train(setting, normalized)
 
@@ -438,8 +439,9 @@ def moments(setting):
     return {  # logits in 16 bits, in 32, and their log-softmax
         "end of forward": (0, kept + casts + 10 * logits, 0),
         "start of backward": (0, kept + activations, temporary),
+        **inside_layers(setting),
         "update": (gradients, at_update, update),
-    } | inside_layers(setting)
+    }
 
 
 def inside_layers(setting):

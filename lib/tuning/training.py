@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.checkpoint import checkpoint as again
+from torch.utils.checkpoint import checkpoint as recompute
 
 from .runs import Run, Settings, trainable
 
@@ -187,11 +187,7 @@ def chunked_loss(states, weight, labels, size=1024):
     Raises:
         ValueError: a size that is not positive, or labels of another shape than the states.
     """
-    if size < 1 or labels.shape != states.shape[:-1]:
-        raise ValueError(
-            f"expected a positive size and a label for each state, got {size}, "
-            f"labels {tuple(labels.shape)} and states {tuple(states.shape)}"
-        )
+    _check_chunks(states, labels, size)
     labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()  # the last token of a row has no next
 
     def summed(states, labels):
@@ -200,8 +196,16 @@ def chunked_loss(states, weight, labels, size=1024):
         return F.cross_entropy(logits, labels, reduction="sum")
 
     chunks = zip(states.flatten(0, 1).split(size), labels.split(size), strict=True)
-    losses = [again(summed, *chunk, use_reentrant=False) for chunk in chunks]
+    losses = [recompute(summed, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum() / (labels != -100).sum()
+
+
+def _check_chunks(states, labels, size):
+    if size < 1 or labels.shape != states.shape[:-1]:
+        raise ValueError(
+            f"expected a positive size and a label for each state, got {size}, "
+            f"labels {tuple(labels.shape)} and states {tuple(states.shape)}"
+        )
 
 
 def restore_states(optimizer, state_dict, place):
