@@ -117,6 +117,8 @@ Each bar is one training step, at the moment when it holds most. The lines are c
 LLaMA-7B with 8 sequences of 512 tokens. AdamW holds 101 GiB: eight times the file. LOMO trains the same weights with 15.
 *Which bars does your card hold?* Leave a tenth of it free.
 
+A file's GB are 10⁹ bytes, so 13.5 GB are 12.6 GiB. A card's GB are GiB, or nearly.
+
 The bars are arithmetic on the model's shape. In this chapter you find out what they count, watch a real step do it, and
 see both agree.
 
@@ -127,7 +129,7 @@ md(r"""
 
 A step holds four kinds of numbers. **Parameters** are the weights. **Gradients** are as many, for the weights that are
 trained. **Optimizer states** are what the optimizer keeps from step to step: AdamW keeps two averages for each weight.
-**Activations** are what forward has computed and backward will need.
+**Activations** are what forward has made and backward will need, or what is in use.
 
 Take one linear layer, $y = xW^\top$, in float32: 4 bytes a number. Before you read on, a guess. With 64 tokens, which of
 the four is the largest, and which the smallest?
@@ -157,19 +159,18 @@ Is it so? torch can be asked. A **dispatch mode** sees every operation and its r
 """)
 code(r"""
 class Watcher(TorchDispatchMode):
-    live, timeline = 0, ()  # bytes now, and after each operation
+    live = 0  # bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor.untyped_storage())
-        self.timeline += (self.live,)
         return found
 
     def count(self, storage):
         if not hasattr(storage, "counted"):
-            storage.counted = True
+            storage.counted = True  # the mark lives as long as it does
             self.add(storage.nbytes())
             weakref.finalize(storage, self.add, -storage.nbytes())
 
@@ -189,9 +190,12 @@ with Watcher() as watcher:
     print(f"after del y    {watcher.live / 2**20:6.2f} MiB")
 """)
 md(r"""
-The gradient's 15.26 MiB are as by hand. `weakref.finalize` calls a function when its object dies: that is the whole trick. The library's `LiveBytes` is this
+The gradient's 15.26 MiB are as by hand. Of the activations y is 0.98; x, the other 0.24, was made before anyone watched.
+
+`weakref.finalize` calls a function when its object dies: that is the whole trick. The library's `LiveBytes` is this
 watcher with an account for each of our four kinds, and a fifth: **temporary**, what backward and the optimizer compute
-with for a moment [[note 4]](#notes).
+with for a moment. How does it tell them apart? What an operation makes while gradients are recorded is an activation; the rest is
+temporary, until a hook on a weight says that this is its gradient, or the optimizer has it as a state [[note 4]](#notes).
 
 Now a real step: SmolLM2, four rows of 64 tokens, AdamW. The first step makes the optimizer's states, so we watch the
 second.
@@ -223,7 +227,8 @@ def loss_of(lm):
     return lm(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)  # by turns
+# foreach=False: one weight after the other
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=False)
 live = watch(model, optimizer, loss_of)
 peak = {name: size / GiB for name, size in live.peak.items()}
 for name, size in peak.items():
@@ -303,6 +308,7 @@ copy in float32, the **master weight**, which takes the update.
 """)
 code(r"""
 # @title Table: bytes a parameter, by recipe
+part = 4 * 20e6 / 6.738e9  # rank 8 has 20 million numbers
 recipes = {  # weight, gradient, master weight, averages
     "AdamW, float32": (4, 4, 0, 8),
     "AdamW, mixed precision": (2, 2, 4, 8),
@@ -310,12 +316,14 @@ recipes = {  # weight, gradient, master weight, averages
     "SGD, mixed precision": (2, 2, 4, 0),
     "SGD, all in 16 bits": (2, 2, 0, 0),
     "LOMO, 16 bits": (2, 0, 0, 0),
+    "LoRA, rank 8, float32 over 16 bits": (2 + part, part, 0, 2 * part),
+    "QLoRA, rank 8, over 4 bits": (0.52 + part, part, 0, 2 * part),
 }
 names = ["weight", "gradient", "master", "averages"]
 table = pd.DataFrame(recipes, index=names).T
 table.insert(0, "bytes", table.sum(axis=1))
 table.insert(1, "7B, GiB", (table["bytes"] * 6.738e9 / GiB).round(1))
-table
+table.round(2)
 """, "hide-input")
 md(r"""
 The master weights stand among the optimizer's states in the chart: that is SGD's orange bar.
@@ -351,21 +359,20 @@ class Checkpoint(torch.autograd.Function):
 code(r"""
 from torch.utils.checkpoint import checkpoint as recompute
 
+def block():
+    return nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+
+
 torch.manual_seed(0)
-blocks = nn.Sequential(
-    *(
-        nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
-        for _ in range(8)
-    )
-)
+blocks = nn.Sequential(*(block() for _ in range(8)))
 h = torch.randn(512, 256, requires_grad=True)
-
-
 ways = {
     "plain": lambda block, x: block(x),
     "ours": Checkpoint.apply,
     "torch's": lambda block, x: recompute(block, x, use_reentrant=False),
 }
+""")
+code(r"""
 grads, kept = {}, {}
 for name, call in ways.items():
     blocks.zero_grad()
@@ -390,7 +397,8 @@ assert kept["ours"] < kept["plain"] / 5 and kept["torch's"] < kept["plain"] / 5
 print("the same gradients as without, and as with torch's")
 """, "hide-cell")
 md(r"""
-After forward 4 MiB are kept instead of 36, and the gradients are the same [[note 2]](#notes). The price is a second forward. A step is
+A block makes 2, 2 and 0.5 MiB; eight blocks make 36. With checkpointing only the results of 0.5 are kept, 4 MiB. Ours count as temporary,
+since no gradients are recorded where they are made. And the gradients are the same [[note 2]](#notes). The price is a second forward. A step is
 about three forwards of work, one for forward and two for backward, so three become four at most.
 
 On the real model:
@@ -415,7 +423,7 @@ in backward:
 code(r"""
 # tuning/training.py
 def chunked_loss(states, weight, labels, size=1024):
-    _check_chunks(states, labels, size)
+    _check_chunks(states, labels, size)  # do they fit?
     # the last token of a row has no next
     labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
 
@@ -469,8 +477,8 @@ print(f"together          {sum(live.peak.values()) / GiB:6.2f} GiB")
 """, "nbval-ignore-output")
 md(r"""
 The LOMO paper's table 1 has 14.58 GiB for this step, and 102.2 for AdamW's, where ours holds 101.4. Its LOMO row has 0.24 GiB of
-gradients: that is one tensor, the largest gradient, 32,000 × 4,096 numbers of 16 bits. At our peak no gradient is there yet
-[[note 3]](#notes).
+gradients: that is one tensor, the largest gradient, 32,000 × 4,096 numbers of 16 bits. Ours is larger, since at its peak the logits
+stand there three times in 32 bits, and no gradient of a weight is there yet [[note 3]](#notes).
 
 ## The plan: at which moment?
 
@@ -479,8 +487,8 @@ LLaMA-7B the hidden size is 4,096, the MLP's inner size 11,008, and queries, key
 
 | what | bytes a token | why |
 | --- | --- | --- |
-| two norms | 8 × hidden | they compute in 32 bits, and keep their input so |
-| attention | 2 × (2 queries + keys + values) | with its output, as wide as the queries |
+| two norms | 8 × hidden | they compute in 32 bits, and keep their inputs in 32 bits |
+| attention | 2 × (2 queries + keys + values), 4 a head | with its output, as wide as the queries |
 | MLP | 6 × inner | the gate, its SiLU, the other branch |
 | what is trained | 8 × hidden + 2 × inner | inputs of the linear layers, results of the norms |
 """)
@@ -488,7 +496,7 @@ code(r"""
 # tuning/memory.py
 def kept_for_backward(setting):
     shape, width = setting.shape, 4 if setting.method == "QLoRA" else 2
-    queries, keys = shape.linear[0][1], shape.linear[1][1]
+    queries, keys = shape.linear[0][1], shape.linear[1][1]  # how wide
     normalized = 2 * shape.hidden + (queries + keys if shape.qk_norms else 0)
     norms = 4 * normalized  # what goes in, in float32
     attention = 2 * (queries + 2 * keys) + 2 * queries  # and what comes out
@@ -519,15 +527,15 @@ layers = 32 * full.tokens * token / GiB
 print(f"{token:,} bytes a token and layer; all kept {layers:.1f} GiB")
 """)
 md(r"""
-With checkpointing a layer keeps its input only, 2 × hidden bytes a token: 1.0 GiB for all 32.
+With checkpointing a layer keeps its input only, 2 × hidden bytes a token. All 32 keep 1.00 GiB, and the last norm 0.12. The step has
+131 million logits. Then five moments may hold most, beside parameters and states:
 
-Then a step has five moments that may hold most. Beside parameters and states there are:
-
-1. **End of forward.** All that is kept, and the logits three times: in 16 bits, in 32, and as their log-softmax.
-2. **Start of backward.** All that is kept, and three times 32 bits a logit: log-softmax, its gradient, the logits' gradient.
-3. **Last layer.** Made again, it holds all of its own, and what comes and goes inside.
-4. **First layer.** The same, where the method keeps gradients those of all other layers are there.
-5. **Update.** All gradients, if the method keeps them, and the copies in 32 bits in which a weight is updated.
+1. **End of forward.** What is kept, and 10 bytes a logit: in 16 bits, in 32, and as log-softmax. 1.12 + 1.22.
+2. **Start of backward.** What is kept, and 12 bytes a logit: log-softmax, its gradient, the logits' gradient. 1.12 + 1.46.
+3. **Last layer.** The inputs of all layers, and this one made again: 186,496 bytes a token, and more that comes and goes.
+4. **First layer.** One layer made again. If the method keeps gradients, those of all other layers are there.
+5. **Update.** All gradients, if the method keeps them, and for one weight at a time two copies in 32 bits: 12.55 + 0.98. LOMO updates
+   the last layer's weight first, when all inputs are still there: 1.12 + 0.98.
 """)
 code(r"""
 # @title Library: parameters, states and gradients; the moments
@@ -588,7 +596,8 @@ print(pd.DataFrame(table).round(2).to_string())
 """)
 md(r"""
 AdamW's peak is its update: 13.53, on 12.55 of parameters and 75.31 of states. LOMO's is the start of backward: 2.59 on 12.55, which makes the
-15.14 of the simulation. No smaller batch helps AdamW here. It would help LOMO.
+15.14 of the simulation. No smaller batch helps AdamW here. It would help LOMO. A model with one table at both ends, as SmolLM2, may peak
+just before its update, as we saw: the plan counts that as part of the fifth.
 
 How far is the plan from simulations of other models?
 """)
@@ -606,9 +615,9 @@ for key, found in load_results("lomo_memory")["results"].items():
     off = sum(plan(setting).values()) / sum(found["peak"].values()) - 1
     rows.setdefault(method, {}).setdefault(name, []).append(100 * abs(off))
 table = pd.DataFrame(rows).T.map(max)
-print("off by, %, the worst of 8 × 512 tokens with and without checkpointing")
-print("and 2,048 tokens with it; adapters of rank 64:")
-print(table.round(2).to_string())
+print("off by, %; the worst of three: 8 × 512 tokens with and without")
+print("checkpointing, 2,048 tokens with it (adapters of rank 64)")
+print(table.to_string(float_format="{:.2f}".format))
 """, "hide-input")
 code(r"""
 # @title ✓ Within 1 % of each simulation and of each measurement
@@ -624,8 +633,9 @@ md(r"""
 On a GPU, an NVIDIA H200, four steps of 7B were measured: 101.4 GiB for AdamW, 50.8 for SGD, 15.2 for LOMO and 15.7 for
 AdaLomo. The plan is within 1 % of each. What torch had *taken* from the card was 5 to 9 % more, for the gaps between tensors.
 
-One bar of the chart may have surprised you. LoRA trains 2 % of the numbers, and holds as much as LOMO, which trains all. Both hold the
-model in 16 bits, and neither holds gradients or states to speak of. Below that only fewer bits help: QLoRA.
+One bar of the chart may have surprised you. LoRA of rank 8 trains 0.3 % of the numbers, and holds as much as LOMO, which trains all. Both hold the
+model in 16 bits, and neither holds gradients or states to speak of. Below that only fewer bits help: QLoRA. P-tuning's states are its
+encoder's, which is large at this width and is thrown away after training.
 
 ## At work
 

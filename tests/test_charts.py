@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import vl_convert
-from tuning.charts import INK, MIME_TYPE, VEGA_LITE, Chart, choose, compare, planner
+from tuning.charts import INK, MIME_TYPE, VEGA_LITE, WIDEST, WIDTH, Chart, choose, compare, planner
 from tuning.plots import COLORS
 
 QUESTION, ALT, SCALE = "Which city is larger?", "Two bars: Lima is the longer one.", "millions of people"
@@ -242,7 +242,7 @@ def test_the_bars_are_those_of_the_setting_that_is_chosen(model, rank):
     said = [f"{name}: {total:.1f} GiB" for name, total in zip(names, totals, strict=True)]
     assert [word for word in words if "GiB" in word and ":" in word] == said
     pixel = lengths[f"{said[2]}; gradients {adapters}"] / adapters
-    assert pixel == pytest.approx(4.3, rel=0.01)  # 430 pixels for 100 GiB
+    assert pixel == pytest.approx(WIDTH / WIDEST, rel=0.01)  # pixels a GiB
     half = lengths[f"{said[1]}; parameters {scale * 6.275:.1f}"]
     assert half == pytest.approx(pixel * round(scale * 6.275, 1), rel=0.01)
 

@@ -157,7 +157,7 @@ def compare(rows, question, alt, across, up):
 
 
 CARDS = (16, 24, 48, 80)  # what is sold as GB are GiB, and the driver keeps some of it: of a T4's 16 it leaves 15
-WIDEST = 100  # GiB; longer bars are cut off, and their label tells
+WIDEST = 106  # GiB; longer bars are cut off, and their label tells
 
 
 def planner(rows, question, alt):

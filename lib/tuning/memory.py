@@ -318,7 +318,7 @@ def kept_for_backward(setting):
     whole table. A layer in four bits gives back 32 bits, as its input has.
     """
     shape, width = setting.shape, 4 if setting.method == "QLoRA" else 2
-    queries, keys = shape.linear[0][1], shape.linear[1][1]
+    queries, keys = shape.linear[0][1], shape.linear[1][1]  # how wide
     normalized = 2 * shape.hidden + (queries + keys if shape.qk_norms else 0)
     norms = 4 * normalized  # what goes in, in float32
     attention = 2 * (queries + 2 * keys) + 2 * queries  # and what comes out
