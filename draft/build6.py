@@ -505,7 +505,22 @@ model.save_pretrained("adapter")  # 9.8 MB
 
 ## Exercises
 
-EXERCISES
+Each has a [solution](solutions/6-lora.ipynb).
+
+1. **Count LLaMA-7B's** (easy, 10 minutes). It has 32 layers of hidden size 4,096 and inner size 11,008: four square matrices for attention,
+   three for the MLP, and 6,738,415,616 numbers in all. How many numbers has an adapter of rank 8 beside all of these matrices? How many MB
+   in 16 bits?
+2. **The other start** (medium, 20 minutes). Start A at zero and B at random, between ±1/√in. Is the model unchanged? Let `fit` return its
+   loss, and compare both starts at eight rates from 0.0001 to 0.3, with five seeds each.
+3. **The gradient's spectrum** (medium, 30 minutes). Write `share_held(matrix, k)`: the part of a matrix's squared length that its first k
+   singular values hold. `check_share_held(share_held)` from `tuning.checks` tests it. Take the gradient of the loss on 64 facts for one
+   query matrix of a fresh model, its sign, and what eight steps of Adam change. What holds most in few values, and what does that say about
+   the long tail of a full change?
+4. **Weight decay** (medium, 20 minutes). AdamW shrinks a weight by rate times decay in each step. A scale of s at rate η and decay λ is a
+   scale of 1 at rate √s η and which decay? Write `without_scale(A, B, scale, lr, decay)`, which returns the twin's four;
+   `check_without_scale(without_scale)` tests it.
+5. **One product, many factors** (hard, 30 minutes). $BM$ and $M^{-1}A$ have one product for every invertible M. Write `balanced(A, B)`, whose factors
+   have $AA^\top = B^\top B$, without making the large product. `check_balanced(balanced)` tests it.
 
 ## What to remember
 
