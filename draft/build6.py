@@ -62,8 +62,8 @@ matrix A with eight rows. That is 9,216 numbers instead of 331,776. It sounds li
 """)
 code(r"""
 # @title The ledger: asked, all weights, LoRA on and off
-rows = load_results("ledger")["results"]["rows"]
-found = {row["method"]: row for row in rows}
+recorded = load_results("ledger")["results"]["rows"]
+found = {row["method"]: row for row in recorded}
 met = [found[name] for name in ("asked", "all weights", "LoRA")]
 met.append(found["asked"] | {"method": "LoRA, switched off"})
 ledger(met, columns=("right", "continents", "kept a task"))
@@ -120,43 +120,45 @@ trained = sum(weight.numel() for weight in adapters)
 print(f"{len(adapters) // 2} adapters, {trained:,} numbers")
 """)
 md(r"""
-Now we ask, train for thirty steps, and ask again. A training example is a city and its country. `answer_loss` is the
+Now we ask, train for sixty steps, and ask again. A training example is a city and its country. `answer_loss` is the
 loss of the country's token after the prompt.
 """)
 code(r"""
 ASK = "The city of [X] is in the country of [Y]."
-cities = ["Osaka", "Medellín", "Lyon", "Kano", "Chennai", "Milan"]
+rows = facts["test"][::5]  # cities that are not trained on
 
 
 def answers():
-    logits = prompt_logits(model, tokenizer, ASK, cities)  # (cities, vocab)
-    return [tokenizer.decode(token) for token in logits.argmax(dim=1)]
+    logits = prompt_logits(model, tokenizer, ASK, rows)  # (cities, vocab)
+    return logits.argmax(dim=1).tolist()
 
 
 before = answers()
 optimizer = torch.optim.AdamW(adapters, lr=1e-3, weight_decay=0, fused=True)
-for step in range(30):
+for step in range(60):
     chosen = batch_rows(step, len(facts["train"]), 16, seed=0)
     batch = [facts["train"][row] for row in chosen]
     loss = answer_loss(model, tokenizer, ASK, batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-pd.DataFrame({"before": before, "after": answers()}, index=cities)
+after = answers()
+""", "nbval-ignore-output")
+code(r"""
+right = {}
+for when, said in (("before", before), ("after", after)):
+    right[when] = sum(a == b for a, (_, b) in zip(said, rows, strict=True))
+print(f"right, of {len(rows)}: {right}")
+table = {
+    city: {"before": one, "after": other, "right": answer}
+    for (city, answer), one, other in list(zip(rows, before, after))[::27]
+}
+pd.DataFrame(table).T.map(tokenizer.decode)
 """, "nbval-ignore-output")
 code(r"""
 # @title ✓ None of these cities was trained on, and more are right after
-seen = {city for city, _ in facts["train"]}
-countries = dict(facts["test"] + facts["dev"])
-assert not seen & set(cities) and set(cities) <= set(countries)
-rights = [
-    sum(
-        said == tokenizer.decode(countries[city])
-        for city, said in zip(cities, replies, strict=True)
-    )
-    for replies in (before, answers())
-]
-assert rights[1] > rights[0]
+assert not {city for city, _ in facts["train"]} & {city for city, _ in rows}
+assert right["after"] > right["before"]
 print("none of these cities was trained on, and more are right after")
 """, "hide-cell")
 md(r"""
