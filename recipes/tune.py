@@ -100,10 +100,13 @@ def read_settings(path):
         said["rates"] = tuple(checked_rates(method, numbers(said.get("rates"))))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    for name in ("rank", "alpha", "steps"):
+    for name, least in {"rank": 1, "alpha": 1, "steps": 1, "seed": 0}.items():
         value = said.get(name, getattr(Settings, name))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path}: {name} is {value!r}; give a whole number of 1 or more")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{path}: {name} is {value!r}; give a whole number of {least} or more")
+    for name in ("model", "template"):
+        if not isinstance(said.get(name, ""), str | None):
+            raise ValueError(f"{path}: {name} is {said[name]!r}; give a text in quotes")
     said |= {name: path.parent / said[name] for name in ("data", "output")}
     return Settings(**said)
 
