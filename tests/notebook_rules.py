@@ -35,7 +35,7 @@ LONGEST_LINE = 80  # characters of code, and on a chapter's page of what is prin
 # Pages not yet remade in the form of the second edition: their printed lines may be wider. The list only shrinks.
 PRINTS_WIDER = {
     "1-two-ways", "2-prompts-are-code", "3-from-words-to-vectors", "4-p-tuning", "5-four-ways",
-    "6-mathematics-of-lora", "7-lora-in-practice", "8-instruction-tuning", "9-four-bits", "10-qlora",
+    "6-lora", "7-lora-in-practice", "8-instruction-tuning", "9-four-bits", "10-qlora",
     "11-where-the-memory-goes", "12-lomo",
 }  # fmt: skip
 CHECKED = "✓ "  # how the title of a folded check begins
