@@ -9,7 +9,6 @@ rate that is added later is tried beside those that are finished. What it leaves
 """
 
 import argparse
-import difflib
 import json
 import logging
 import shutil
@@ -26,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tuning.data import load_mine
 from tuning.evaluate import ledger
 from tuning.files import sha256, write_json, write_text
-from tuning.methods import Ready, loss_of, right
+from tuning.methods import Ready, loss_of, nearest, right
 from tuning.models import load_lm
 from tuning.training import train
 from tuning.yours import (
@@ -44,6 +43,7 @@ from tuning.yours import (
     score_for,
     template_for,
     tested,
+    three_rates,
     wanted,
     with_ids,
 )
@@ -63,7 +63,7 @@ class Settings:
     method: str = "LoRA"
     rank: int = 8
     alpha: int = 16
-    rates: tuple = (3e-4, 1e-3, 3e-3)
+    rates: tuple = tuple(three_rates("LoRA"))
     steps: int = 60
     seed: int = 0
 
@@ -87,8 +87,8 @@ def read_settings(path):
     known = {one.name for one in fields(Settings)}
     for name in said:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            meant = f"did you mean {near[0]!r}? Known" if near else "known"
+            near = nearest(name, known)
+            meant = f"did you mean {near!r}? Known" if near else "known"
             raise ValueError(f"{path}: unknown setting {name!r}; {meant}: {', '.join(sorted(known))}")
     for name in ("data", "output"):
         if not isinstance(said.get(name), str):
@@ -100,10 +100,13 @@ def read_settings(path):
         said["rates"] = tuple(checked_rates(method, numbers(said.get("rates"))))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    for name in ("rank", "alpha", "steps"):
+    for name, least in {"rank": 1, "alpha": 1, "steps": 1, "seed": 0}.items():
         value = said.get(name, getattr(Settings, name))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path}: {name} is {value!r}; give a whole number of 1 or more")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{path}: {name} is {value!r}; give a whole number of {least} or more")
+    for name in ("model", "template"):
+        if not isinstance(said.get(name, ""), str | None):
+            raise ValueError(f"{path}: {name} is {said[name]!r}; give a text in quotes")
     said |= {name: path.parent / said[name] for name in ("data", "output")}
     return Settings(**said)
 
@@ -178,8 +181,12 @@ def tune(settings, mine, lr, folder):
         every=max(1, settings.steps // 6),
         checkpoint=folder.with_name(folder.name + ".pt"),
     )
-    replace_folder(folder, model.save_pretrained)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
+
+    def save(new):
+        model.save_pretrained(new)
+        (new / "README.md").unlink(missing_ok=True)  # peft's form, with nothing filled in
+
+    replace_folder(folder, save)
     found = {"lr": lr, "dev": done.best_score, "step": done.best_step}
     found |= {"right": right(ready, rows["dev"]).sum().item(), "loss": mean_loss(ready, rows["dev"])}
     found |= {"seconds": done.seconds, "stopped": done.stopped, "losses": done.losses}
@@ -206,12 +213,12 @@ def test(settings, mine, name, folder=None, **more):
 
 def compared(mine, before, after):
     """What was asked, said before and after, and wanted: a dict for each of the examples to test on."""
-    right_answers = wanted(mine)
-    return [
-        {"asked": subject, "before": said, "right before": hit, "after": after["says"][subject][0]}
-        | {"right after": after["says"][subject][1], "wanted": right_answers[subject]}
-        for subject, (said, hit) in before["says"].items()
-    ]
+    found, right_answers = [], wanted(mine)
+    for subject, (said, hit) in before["says"].items():
+        later, hit_later = after["says"][subject]
+        row = {"asked": subject, "before": said, "right before": hit, "after": later, "right after": hit_later}
+        found.append(row | {"wanted": right_answers[subject]})
+    return found
 
 
 def report(settings, mine, table, answered, tried, best):

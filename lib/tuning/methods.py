@@ -121,9 +121,15 @@ def prepare(method, model, tokenizer, template, seed=0, rank=8, alpha=16):
 def check_method(method):
     """Refuse a method that is not one of `METHODS`, and name the one that was perhaps meant."""
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method).lower(), [name.lower() for name in METHODS], 1)
-        meant = [f"; did you mean {name!r}?" for name in METHODS if [name.lower()] == near]
-        raise ValueError(f"unknown method {method!r}{''.join(meant) or '.'} There are {', '.join(map(repr, METHODS))}")
+        near = nearest(method, METHODS)
+        meant = f"; did you mean {near!r}?" if near else "."
+        raise ValueError(f"unknown method {method!r}{meant} There are {', '.join(map(repr, METHODS))}")
+
+
+def nearest(name, known):
+    """The known name that was perhaps meant, whatever its case; None where none is near."""
+    near = difflib.get_close_matches(str(name).lower(), [one.lower() for one in known], 1)
+    return next((one for one in known if [one.lower()] == near), None)
 
 
 def prompt_encoder(method, model, tokenizer, template):
@@ -188,16 +194,17 @@ def says(ready, subjects, length, batch_size=32):
 @torch.no_grad()
 def _says(ready, subjects, length):
     asked = prompts_of(ready, subjects)
-    written = [[] for _ in asked]
+    written, end = [[] for _ in asked], ready.tokenizer.eos_token_id
     with evaluating(ready.model), evaluating(ready.trained):
         vectors = ready.vectors()
         for _ in range(length):
+            if all(end in new for new in written):
+                break
             prompts = [ids + new for ids, new in zip(asked, written, strict=True)]
             check_prompts(ready.model, ready.tokenizer, prompts, vectors)
             logits = forward_at_end(ready.model, ready.tokenizer, prompts, 1, vectors=vectors)[:, -1]
             for new, token in zip(written, logits.argmax(-1).tolist(), strict=True):
                 new.append(token)
-    end = ready.tokenizer.eos_token_id
     return [ready.tokenizer.decode(new[: new.index(end)] if end in new else new).strip() for new in written]
 
 

@@ -132,7 +132,7 @@ def tested(name, ready, kind, rows, examples=EXAMPLES, **more):
 def answers(ready, kind, rows, hits, examples=EXAMPLES):
     """{subject: (what greedy decoding answers, is it right)} for some subjects; in a template an answer is a line."""
     few = list(hits)[:examples]
-    length = max(len(answer) for _, answer in rows)
+    length = max(len(answer) for subject, answer in rows if subject in few)
     texts = says(ready, few, min(WRITTEN, length))
     texts = [text.partition("\n")[0] for text in texts] if kind == "facts" else texts
     return {subject: (text, hits[subject]) for subject, text in zip(few, texts, strict=True)}

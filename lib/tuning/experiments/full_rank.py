@@ -4,8 +4,8 @@
 
 A pair is a prompt of three random tokens and one of 64 words, 6 bits, that has nothing to do with it. Only the model's
 last layer has adapters, beside all its linear layers; what enters that layer never changes and is computed once. Each
-rank has its rate from a sweep at one number of pairs. A training goes on until the bits that it holds have grown by
-less than 2 % in 200 steps, so that what is full is the rank and not the time.
+rank has its rate from a sweep of short trainings at one number of pairs. A training goes on until the bits that it
+holds have grown by less than 2 % in 200 steps, so that what is full is the rank and not the time.
 
 Bits held are 6 a pair, less those that the answers still cost: pairs × (6 + the mean of log2 p(answer)), at least 0.
 """
@@ -20,11 +20,12 @@ from ..models import load_lm
 from .record import Recorder, option_parser
 
 RANKS = (1, 4, 16, 64)
-PAIRS = (256, 512, 1024, 2048, 4096)
+PAIRS = (256, 1024, 2048, 4096)
 SWEPT_ON = 1024
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WORDS, LENGTH = 64, 3
-BATCH, BLOCK, BLOCKS = 512, 200, 15  # steps between two looks at the bits, and how many looks at most
+BATCH, BLOCK, BLOCKS = 512, 200, 12  # steps between two looks at the bits, and how many looks at most
+SWEPT = 3  # looks of a training in the sweep
 ENOUGH = 1.02
 
 
@@ -128,7 +129,8 @@ def main(arguments=None):
     recorder = Recorder("full_rank", options.out, torch.device("cpu"), total, save=options.save, **settings)
     for rank in RANKS:
         swept = {
-            lr: recorder.piece(f"sweep/{rank}/{lr:g}", memorize, name, rank, SWEPT_ON, lr, 0, blocks) for lr in RATES
+            lr: recorder.piece(f"sweep/{rank}/{lr:g}", memorize, name, rank, SWEPT_ON, lr, 0, min(SWEPT, blocks))
+            for lr in RATES
         }
         best = max(swept, key=lambda lr: swept[lr]["bits"])
         for count in PAIRS:
