@@ -7,52 +7,44 @@ import pytest
 import yaml
 from notebook_rules import ROOT, read
 from tuning.data import TEMPLATES
+from tuning.evaluate import in_bytes
 from tuning.experiments.record import load_results
 
 TEXT = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
-METHODS = {  # how a row of the first table begins -> where its runs are recorded
-    "Ask well": ("four_way", "manual prompt", "none"),
-    "P-tuning": ("four_way", "P-tuning", "18 kB"),
-    "LoRA": ("lora_tasks", "manual prompt and LoRA", "9.8 MB"),
-    "All weights": ("four_way", "manual prompt and fine-tuning", "538 MB"),
+ROWS = {row["method"]: row for row in load_results("ledger")["results"]["rows"]}
+METHODS = {  # how a row of the first table begins -> its row of the ledger
+    "Ask well": "asked",
+    "Ask with examples": "asked with examples",
+    "P-tuning": "P-tuning, from the prompt",
+    "LoRA, rank 8": "LoRA",
+    "LoRA, taken off": "asked",
+    "All weights": "all weights",
 }
 
 
-def three_runs(experiment, method):
-    results = load_results(experiment)["results"]
-    return [results[f"run/P17/{method}/{seed}"] for seed in range(3)]
-
-
-def right(runs):
-    return [round(run["test"] * run["n"]) for run in runs]
-
-
 @pytest.mark.parametrize("start", METHODS)
-def test_the_first_table_shows_the_recorded_runs(start):
-    experiment, method, kept = METHODS[start]
-    runs = three_runs(experiment, method)
-    continents = mean(run["elsewhere"]["p_at_1"] for run in runs) * 160
-    line = next(line for line in TEXT.splitlines() if line.startswith(f"| {start}"))
+def test_the_first_table_shows_the_ledger(start):
+    row = ROWS[METHODS[start]]
+    line = next(line for line in TEXT.splitlines() if line.startswith(f"| {start} |"))
     shown = [cell.strip() for cell in line.strip("|").split("|")]
-    assert shown[1:] == [f"{mean(right(runs)):.0f}", f"{continents:.0f}", kept]
-    size = runs[0]["stored_bytes"]
-    assert size == 0 or kept in (f"{size / 1e3:.0f} kB", f"{size / 1e6:.1f} MB", f"{size / 1e6:.0f} MB")
-    assert {run["n"] for run in runs} == {1064} and "| country of a city, of 1,064 |" in TEXT
+    kept = "" if start == "LoRA, taken off" else in_bytes(row["kept_bytes"])
+    assert shown[1:] == [f"{row['right'][0]:.0f}", f"{row['continents']:.0f}", kept]
+    assert row["subjects"] == 1064 and row["countries"] == 160
+    assert "| country of a city, of 1,064 | continent of a country, of 160 |" in TEXT
 
 
-def test_what_the_index_says_of_the_runs():
-    lora, full = (
-        right(three_runs("lora_tasks", "manual prompt and LoRA")),
-        right(three_runs("four_way", "manual prompt and fine-tuning")),
-    )
+def test_what_the_index_says_of_the_ledger():
+    pieces = load_results("ledger")["results"]
     text = " ".join(TEXT.split())
-    assert f"gets 307 of 1,064 cities right. Tuned by LoRA it gets {mean(lora):.0f}" in text
+    lora, full = ([pieces[f"run/{m}/{seed}"]["hits"].count("1") for seed in range(3)] for m in ("LoRA", "all weights"))
+    asked = f"{ROWS['asked']['right'][0]:.0f}"
+    assert f"gets {asked} of 1,064 cities right. Tuned by LoRA it gets {mean(lora):.0f}" in text
     assert f"LoRA's runs gave {min(lora)} to {max(lora)} and those of all weights {min(full)} to {max(full)}" in text
-    assert round(538060032 / 9768960) == 55 and "55 times smaller" in text
+    ratio = ROWS["all weights"]["kept_bytes"] / ROWS["LoRA"]["kept_bytes"]
+    assert f"{ratio:.0f} times smaller" in text
     assert TEMPLATES["P17"][7].replace("[X]", "Osaka").replace("[Y].", "…") in text
-    assert "With LoRA on, 46 are right instead of 106; with all weights trained, 7." in text  # as in the table
-    asked, off = (line for line in TEXT.splitlines() if line.startswith(("| Ask well", "| LoRA, taken off")))
-    assert asked.split("|")[2:4] == off.split("|")[2:4]
+    lost = [f"{ROWS[method]['continents']:.0f}" for method in ("LoRA", "asked", "all weights")]
+    assert "With LoRA on, {} are right instead of {}; with all weights trained, {}.".format(*lost) in text
 
 
 @pytest.mark.parametrize("method", ["AdamW", "LoRA", "LOMO", "QLoRA"])
