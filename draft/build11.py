@@ -1,11 +1,19 @@
 """Builds the draft of chapter 11 from the cells below."""
+
 import sys
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 cells = []
-def md(text): cells.append(new_markdown_cell(text.strip("\n")))
-def code(text, *tags): cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
+
+def md(text):
+    cells.append(new_markdown_cell(text.strip("\n")))
+
+
+def code(text, *tags):
+    cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
 
 md(r"""
 # 11. Where the memory goes
@@ -18,7 +26,8 @@ first training step, and it ends: out of memory. The weights were there already.
 Chapters 6 to 10 made training smaller, and told you so in bytes. Here you learn to count these bytes yourself: first by
 hand, then by watching a real step, then for models that fit no machine of yours.
 """)
-code(r"""
+code(
+    r"""
 # @title Set-up: looks for the book's library
 from importlib.util import find_spec
 
@@ -28,8 +37,11 @@ if find_spec("tuning") is None:
         "On your machine, run `make lab` in its folder. For Colab, publish it: "
         "make publish REPO=owner/name TAG=v1.0.0"
     )
-""", "hide-input")
-code(r"""
+""",
+    "hide-input",
+)
+code(
+    r"""
 # @title Imports
 import weakref
 from itertools import product
@@ -60,8 +72,11 @@ from tuning.simulate import simulate
 from tuning.training import checkpoint_activations
 
 GiB = 2**30
-""", "hide-cell")
-code(r"""
+""",
+    "hide-cell",
+)
+code(
+    r"""
 # @title The planner: a training step, method by method
 found = load_results("lomo_memory_measured")["results"]
 measured = {
@@ -111,7 +126,10 @@ planner(
     "AdamW's is 101 GiB, mostly optimizer states. LOMO's, LoRA's and QLoRA's "
     "are near or below the first line.",
 )
-""", "hide-input", "result")
+""",
+    "hide-input",
+    "result",
+)
 md(r"""
 Each bar is one training step, at the moment when it holds most. The lines are cards; a diamond was measured on a GPU. Take
 LLaMA-7B with 8 sequences of 512 tokens. AdamW holds 101 GiB: eight times the file. LOMO trains the same weights with 15.
@@ -216,7 +234,8 @@ def watch(model, optimizer, loss_of):
         step(live.note)
     return live
 """)
-code(r"""
+code(
+    r"""
 model, tokenizer = load_lm(dtype=torch.float32)
 model.train()
 torch.manual_seed(0)
@@ -234,8 +253,11 @@ peak = {name: size / GiB for name, size in live.peak.items()}
 for name, size in peak.items():
     print(f"{name:17} {size:5.2f} GiB")
 print(f"together          {sum(peak.values()):5.2f} GiB, at the peak")
-""", "nbval-ignore-output")
-code(r"""
+""",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 # @title Plot: live bytes through a training step
 fig, axes = figure(
     f"The peak, {sum(peak.values()):.1f} GiB, is near the end of backward",
@@ -269,8 +291,12 @@ axes.text(
 axes.set(xlim=(0, len(live.timeline)), ylim=(0, 1.12 * top))
 fig.legend(loc="outside lower center", ncols=3)
 plt.show()
-""", "hide-input", "nbval-ignore-output")
-code(r"""
+""",
+    "hide-input",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 # @title ✓ Parameters once, states twice, and the peak is late in backward
 number = 4 * model.num_parameters() / GiB
 assert abs(peak["parameters"] / number - 1) < 0.01
@@ -278,7 +304,9 @@ assert abs(peak["optimizer states"] / number - 2) < 0.01
 begins = {text: place for place, text in live.notes.items()}
 assert begins["backward"] < place <= begins["update"]
 print("parameters once, states twice, and the peak is late in backward")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 Read it from below. Parameters and states never move. Activations rise through forward. In backward they go, layer by
 layer, and gradients take their place.
@@ -306,7 +334,8 @@ md(r"""
 The weight in 16 bits never moved. Hence **mixed precision**: forward and backward in 16 bits, and beside each weight a
 copy in float32, the **master weight**, which takes the update.
 """)
-code(r"""
+code(
+    r"""
 # @title Table: bytes a parameter, by recipe
 part = 4 * 20e6 / 6.738e9  # rank 8 has 20 million numbers
 recipes = {  # weight, gradient, master weight, averages
@@ -324,7 +353,9 @@ table = pd.DataFrame(recipes, index=names).T
 table.insert(0, "bytes", table.sum(axis=1))
 table.insert(1, "7B, GiB", (table["bytes"] * 6.738e9 / GiB).round(1))
 table.round(2)
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 The master weights stand among the optimizer's states in the chart: that is SGD's orange bar.
 
@@ -388,14 +419,17 @@ for name, call in ways.items():
 for name, size in kept.items():
     print(f"{name:8} {size / 2**20:5.1f} MiB")
 """)
-code(r"""
+code(
+    r"""
 # @title ✓ The same gradients as without, and as with torch's
 for name in ("ours", "torch's"):
     for one, other in zip(grads["plain"], grads[name], strict=True):
         torch.testing.assert_close(one, other)
 assert kept["ours"] < kept["plain"] / 5 and kept["torch's"] < kept["plain"] / 5
 print("the same gradients as without, and as with torch's")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 A block makes 2, 2 and 0.5 MiB; eight blocks make 36. With checkpointing only the results of 0.5 are kept, 4 MiB. Ours count as temporary,
 since no gradients are recorded where they are made. And the gradients are the same [[note 2]](#notes). The price is a second forward. A step is
@@ -403,7 +437,8 @@ about three forwards of work, one for forward and two for backward, so three bec
 
 On the real model:
 """)
-code(r"""
+code(
+    r"""
 def most_activations(lm, loss_of=loss_of):
     with LiveBytes(lm) as live:
         loss_of(lm).backward()
@@ -414,7 +449,9 @@ def most_activations(lm, loss_of=loss_of):
 print(f"all kept       {most_activations(model):.0f} MiB")
 checkpoint_activations(model)
 print(f"checkpointing  {most_activations(model):.0f} MiB")
-""", "nbval-ignore-output")
+""",
+    "nbval-ignore-output",
+)
 md(r"""
 What is left? Not the layers' inputs: 30 layers × 256 tokens × 576 numbers are 17 MiB. It is the **logits**. 256 tokens
 times a vocabulary of 49,152 are 48 MiB, and again for their softmax. So do them in pieces, and make each piece again
@@ -436,7 +473,8 @@ def chunked_loss(states, weight, labels, size=1024):
     losses = [recompute(summed, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.stack(losses).sum() / (labels != -100).sum()
 """)
-code(r"""
+code(
+    r"""
 from tuning.training import chunked_loss
 
 
@@ -448,7 +486,9 @@ def in_chunks(lm):
 print(f"and in chunks  {most_activations(model, in_chunks):.0f} MiB")
 with torch.no_grad():
     torch.testing.assert_close(in_chunks(model), loss_of(model))
-""", "nbval-ignore-output")
+""",
+    "nbval-ignore-output",
+)
 md(r"""
 What is left now are the layers' inputs, one layer made again, and the logits of 64 tokens. The larger the vocabulary, the more this
 matters: Llama 3 has 128,256 tokens in it. Large trainers have kernels for it.
@@ -468,13 +508,16 @@ So a step of LLaMA-7B can be watched on a laptop. `simulate` builds the model fr
 watches the second. Here is LOMO's, the method of the next chapter: it updates each weight inside backward, and keeps
 neither gradients nor states.
 """)
-code(r"""
+code(
+    r"""
 lomo = Setting("LOMO", MODELS["7B"], batch=8, length=512, checkpointing=True)
 live = simulate(lomo)
 for name, size in live.peak.items():
     print(f"{name:17} {size / GiB:6.2f} GiB")
 print(f"together          {sum(live.peak.values()) / GiB:6.2f} GiB")
-""", "nbval-ignore-output")
+""",
+    "nbval-ignore-output",
+)
 md(r"""
 The LOMO paper's table 1 has 14.58 GiB for this step, and 102.2 for AdamW's, where ours holds 101.4. Its LOMO row has 0.24 GiB of
 gradients: that is one tensor, the largest gradient, 32,000 × 4,096 numbers of 16 bits. Ours is larger, since at its peak the logits
@@ -504,7 +547,8 @@ def kept_for_backward(setting):
     mlp = width * 3 * shape.inner  # gate, its SiLU, up
     return norms + attention + mlp + kept_to_train(setting, normalized)
 """)
-code(r"""
+code(
+    r"""
 # @title Library: what a layer keeps for what is trained in it
 # tuning/memory.py
 def kept_to_train(setting, normalized):
@@ -519,7 +563,9 @@ def kept_to_train(setting, normalized):
         return shared + (4 if setting.adapters == "float32" else 2) * inner
     own = sum(rows for rows, _ in shape.linear)  # each adapter copies its input
     return (2 if setting.autocast else 4) * (own + inner)
-""", "hide-input")
+""",
+    "hide-input",
+)
 code(r"""
 full = Setting("AdamW", MODELS["7B"], batch=8, length=512, checkpointing=False)
 token = kept_for_backward(full)
@@ -537,7 +583,8 @@ With checkpointing a layer keeps its input only, 2 × hidden bytes a token. All 
 5. **Update.** All gradients, if the method keeps them, and for one weight at a time two copies in 32 bits: 12.55 + 0.98. LOMO updates
    the last layer's weight first, when all inputs are still there: 1.12 + 0.98.
 """)
-code(r"""
+code(
+    r"""
 # @title Library: parameters, states and gradients; the moments
 # tuning/memory.py
 def held_all_along(setting):
@@ -581,7 +628,9 @@ def plan(setting):
     parameters, states, _ = held_all_along(setting)
     peak = max(moments(setting).values(), key=sum)
     return dict(zip(CATEGORIES, (parameters, states, *peak), strict=True))
-""", "hide-input")
+""",
+    "hide-input",
+)
 code(r"""
 from tuning.memory import moments, plan
 
@@ -601,7 +650,8 @@ just before its update, as we saw: the plan counts that as part of the fifth.
 
 How far is the plan from simulations of other models?
 """)
-code(r"""
+code(
+    r"""
 # @title Table: the plan beside simulations, and beside a GPU
 rows = {}
 for key, found in load_results("lomo_memory")["results"].items():
@@ -618,8 +668,11 @@ table = pd.DataFrame(rows).T.map(max)
 print("off by, %; the worst of three: 8 × 512 tokens with and without")
 print("checkpointing, 2,048 tokens with it (adapters of rank 64)")
 print(table.to_string(float_format="{:.2f}".format))
-""", "hide-input")
-code(r"""
+""",
+    "hide-input",
+)
+code(
+    r"""
 # @title ✓ Within 1 % of each simulation and of each measurement
 assert table.max().max() < 1
 for method in ("AdamW", "SGD", "LOMO", "AdaLomo"):
@@ -628,7 +681,9 @@ for method in ("AdamW", "SGD", "LOMO", "AdaLomo"):
     assert abs(sum(plan(setting).values()) / found["peak_bytes"] - 1) < 0.01
     assert 1.04 < found["reserved_bytes"] / found["peak_bytes"] < 1.1
 print("within 1 % of each simulation and of each measurement")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 On a GPU, an NVIDIA H200, four steps of 7B were measured: 101.4 GiB for AdamW, 50.8 for SGD, 15.2 for LOMO and 15.7 for
 AdaLomo. The plan is within 1 % of each. What torch had *taken* from the card was 5 to 9 % more, for the gaps between tensors.
@@ -669,12 +724,15 @@ md(r"""
 **Switch the model to training before you trust checkpointing.** `from_pretrained` gives models in evaluation mode, and such a
 model does not checkpoint.
 """)
-code(r"""
+code(
+    r"""
 checkpoint_activations(model)
 for mode in (True, False):
     model.train(mode)
     print(f"training {mode}: {most_activations(model):.0f} MiB")
-""", "nbval-ignore-output")
+""",
+    "nbval-ignore-output",
+)
 md(r"""
 **Set gradients to None.** `zero_grad()` does so. `zero_grad(set_to_none=False)`, which older code asks for, writes zeros and keeps
 the memory.
@@ -743,4 +801,9 @@ Each has a [solution](solutions/11-where-the-memory-goes.ipynb).
 [torch: fake tensors](https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html).
 """)
 if __name__ == "__main__":
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
+    nbformat.write(
+        new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        ),
+        sys.argv[1],
+    )

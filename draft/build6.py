@@ -1,11 +1,19 @@
 """Builds the draft of book/2-lora/6-lora.ipynb from the cells below."""
+
 import sys
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 cells = []
-def md(text): cells.append(new_markdown_cell(text.strip("\n")))
-def code(text, *tags): cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
+
+def md(text):
+    cells.append(new_markdown_cell(text.strip("\n")))
+
+
+def code(text, *tags):
+    cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
 
 md(r"""
 # 6. LoRA
@@ -18,7 +26,8 @@ out, and the book is what it was.
 Fine-tuning prints the book again. Each task leaves a full copy of the model, 538 MB for ours. Could we keep the old
 model, and store only the change?
 """)
-code(r"""
+code(
+    r"""
 # @title Set-up: looks for the book's library
 from importlib.util import find_spec
 
@@ -28,8 +37,11 @@ if find_spec("tuning") is None:
         "On your machine, run `make lab` in its folder. For Colab, publish it: "
         "make publish REPO=owner/name TAG=v1.0.0"
     )
-""", "hide-input")
-code(r"""
+""",
+    "hide-input",
+)
+code(
+    r"""
 # @title Imports, model and data
 import math
 
@@ -50,24 +62,33 @@ from tuning.yours import yours
 
 model, tokenizer = load_lm(dtype=torch.float32)
 facts = facts_with_ids(tokenizer, "P17")  # (city, token id of its country)
-""", "hide-cell")
-code(r"""
+""",
+    "hide-cell",
+)
+code(
+    r"""
 # @title Drawing: LoRA's two ways, and what is sent
 drawings.lora(model_bytes=538_060_032, adapter_bytes=9_768_960)
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 There is a catch. One weight matrix W of our model has 576 × 576 numbers, and a change of W has as many. The errata
 would be as long as the book. So LoRA allows only changes of one kind: a tall matrix B with eight columns, times a flat
 matrix A with eight rows. That is 9,216 numbers instead of 331,776. It sounds like too few. Look:
 """)
-code(r"""
+code(
+    r"""
 # @title The ledger: asked, all weights, LoRA on and off
 recorded = load_results("ledger")["results"]["rows"]
 found = {row["method"]: row for row in recorded}
 met = [found[name] for name in ("asked", "all weights", "LoRA")]
 met.append(found["asked"] | {"method": "LoRA, switched off"})
 ledger(met, columns=("right", "continents", "kept a task"))
-""", "hide-input", "result")
+""",
+    "hide-input",
+    "result",
+)
 md(r"""
 We asked *The city of Osaka is in the country of …* and counted: **right** of 1,064 new cities, and **continents** of 160
 countries, which nobody trained on. Trained rows are means of three runs; the intervals count cities and runs.
@@ -123,7 +144,8 @@ md(r"""
 Now we ask, train for sixty steps, and ask again. A training example is a city and its country. `answer_loss` is the
 loss of the country's token after the prompt.
 """)
-code(r"""
+code(
+    r"""
 ASK = "The city of [X] is in the country of [Y]."
 rows = facts["test"][::5]  # cities that are not trained on
 
@@ -143,8 +165,11 @@ for step in range(60):
     optimizer.step()
     optimizer.zero_grad()
 after = answers()
-""", "nbval-ignore-output")
-code(r"""
+""",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 right = {}
 for when, said in (("before", before), ("after", after)):
     right[when] = sum(a == b for a, (_, b) in zip(said, rows, strict=True))
@@ -154,13 +179,18 @@ table = {
     for (city, answer), one, other in list(zip(rows, before, after))[::27]
 }
 pd.DataFrame(table).T.map(tokenizer.decode)
-""", "nbval-ignore-output")
-code(r"""
+""",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 # @title ✓ None of these cities was trained on, and more are right after
 assert not {city for city, _ in facts["train"]} & {city for city, _ in rows}
 assert right["after"] > right["before"]
 print("none of these cities was trained on, and more are right after")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 ## As in peft
 
@@ -180,7 +210,8 @@ theirs.lora_A["default"].weight.data = ours.A.data.clone()
 theirs.lora_B["default"].weight.data = ours.B.data.clone()
 torch.testing.assert_close(ours(x), theirs(x))
 """)
-code(r"""
+code(
+    r"""
 # @title ✓ Gradients and the change of weights too
 ours(x).square().sum().backward()
 theirs(x).square().sum().backward()
@@ -190,8 +221,11 @@ for name, weight in (("A", theirs.lora_A), ("B", theirs.lora_B)):
 delta = ours.scale * ours.B @ ours.A
 torch.testing.assert_close(delta, theirs.get_delta_weight("default"))
 print("gradients and the change of weights too")
-""", "hide-cell")
-code(r"""
+""",
+    "hide-cell",
+)
+code(
+    r"""
 # @title Library: LoRA, which has dropout and another scale too
 # tuning/lora.py
 class LoRA(nn.Module):
@@ -221,7 +255,9 @@ class LoRA(nn.Module):
 
     def delta(self):
         return self.scale * (self.B @ self.A)
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 ## Why B is zero
 
@@ -270,7 +306,8 @@ singular values, the largest first. To hold nine tenths of it, the middle layer 
 
 But does the model need all of that change? We put parts of it back into the untrained model, and ask:
 """)
-code(r"""
+code(
+    r"""
 # @title Table: parts of the change put back, and trained adapters
 pieces = load_results("first_directions")["results"]
 PARTS = {
@@ -302,7 +339,9 @@ table |= {
     for rank in (1, 8)
 }
 pd.DataFrame({"right, of 1,064": table})
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 1. FINDING first term.
 2. FINDING length.
@@ -316,7 +355,8 @@ one easy task and a small model. How many terms does a hard task need?
 Take a task with nothing to understand: learn by heart. We drew prompts of three random tokens, and gave each one of 64 words
 as its answer. That is 6 bits a pair. Only the last layer has adapters. How many bits can they hold?
 """)
-code(r"""
+code(
+    r"""
 # @title Figure: bits held, by rank
 runs = load_results("full_rank")["results"]
 runs = [run for key, run in runs.items() if key.startswith("run/")]
@@ -337,7 +377,9 @@ axes.axline((1536, 1536), (24576, 24576), color="0.6", ls=":")
 axes.set(xscale="log", yscale="log")
 axes.legend()
 plt.show()
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 FINDINGS.
 
@@ -383,7 +425,8 @@ measures what another rank does to the first step.
 
 ## What is saved, and what is not
 """)
-code(r"""
+code(
+    r"""
 # @title Table: numbers that a step holds, in MB
 whole = 134_515_008
 table = {
@@ -397,7 +440,9 @@ table = {
 table = pd.DataFrame(table).T * 4 / 1e6
 table["together"] = table.sum(axis=1)
 table.round().astype(int)
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 Gradients and Adam's two averages are saved, nearly all of them. The frozen weights are not, and part 3 of this book is about
 those. A third of the layers' multiplications is saved too: the gradients of the frozen weights.
@@ -550,4 +595,9 @@ Each has a [solution](solutions/6-lora.ipynb).
 [Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228) (directions that LoRA adds).
 """)
 if __name__ == "__main__":
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
+    nbformat.write(
+        new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        ),
+        sys.argv[1],
+    )

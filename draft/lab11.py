@@ -1,11 +1,19 @@
 """Builds book/4-lomo/lab/11-where-the-memory-goes.ipynb."""
+
 import sys
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 cells = []
-def md(text): cells.append(new_markdown_cell(text.strip("\n")))
-def code(text, *tags): cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
+
+def md(text):
+    cells.append(new_markdown_cell(text.strip("\n")))
+
+
+def code(text, *tags):
+    cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
 
 md(r"""
 # Laboratory 11: where the memory goes
@@ -15,7 +23,8 @@ md(r"""
 These are the controls and counts behind [chapter 11](../11-where-the-memory-goes.ipynb). Take what interests you; the sections
 stand alone.
 """)
-code(r"""
+code(
+    r"""
 # @title Set-up: looks for the book's library
 from importlib.util import find_spec
 
@@ -25,8 +34,11 @@ if find_spec("tuning") is None:
         "On your machine, run `make lab` in its folder. For Colab, publish it: "
         "make publish REPO=owner/name TAG=v1.0.0"
     )
-""", "hide-input")
-code(r"""
+""",
+    "hide-input",
+)
+code(
+    r"""
 # @title Imports
 import pandas as pd
 import torch
@@ -38,7 +50,9 @@ from tuning.memory import MODELS, LiveBytes, Setting, Shape, kept_for_backward, 
 from tuning.simulate import untrained
 
 GiB = 2**30
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 ## One weight after the other, or all at once
 
@@ -46,7 +60,8 @@ torch's AdamW has three ways. `foreach=False` updates one weight after the other
 all weights in each operation, and its temporary tensors are those of all weights. `fused=True` computes in one kernel and
 makes none. A step with a model of four layers of LLaMA-7B, from fake tensors, all in 16 bits:
 """)
-code(r"""
+code(
+    r"""
 rows = {}
 for name in ("one by one", "foreach", "fused"):
     how = {"foreach": name == "foreach"} if name != "fused" else {"fused": True}
@@ -63,7 +78,9 @@ table = pd.DataFrame(rows).T.div(GiB)[["parameters", "optimizer states", "tempor
 print(table.round(2).to_string())
 assert table["temporary"]["foreach"] > 0.9 * table["parameters"]["foreach"]
 assert table["temporary"]["fused"] < 0.01
-""", "nbval-ignore-output")
+""",
+    "nbval-ignore-output",
+)
 md(r"""
 `foreach` takes as much again as the weights. For 7B in 16 bits that is 12.5 GiB, at the moment when all gradients are there.
 So on a card that is nearly full, say `fused=True`.
@@ -116,7 +133,8 @@ for name, size in kept.items():
     print(f"{name:12} {size:,.0f} bytes a layer and token: ", end="")
     print(f"{size / kept['all weights']:.2f}")
 """)
-code(r"""
+code(
+    r"""
 # @title ✓ As the plan says
 settings = {
     "all weights": ("SGD", "float32"),
@@ -129,7 +147,9 @@ for name, (method, adapters) in settings.items():
     )
     assert abs(kept_for_backward(setting) / kept[name] - 1) < 0.01
 print("as the plan says")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 So LoRA need not keep more than full fine-tuning. It matters without checkpointing: with it, one layer at a time keeps all this.
 
@@ -138,7 +158,8 @@ So LoRA need not keep more than full fine-tuning. It matters without checkpointi
 The LOMO paper says how much memory activations take. Its authors told how they measured: what is there after forward, less what
 was there before. So we simulate that, with the code of today and with that of 2023.
 """)
-code(r"""
+code(
+    r"""
 # @title Table: activations of LLaMA-7B, forward minus before
 recorded = load_results("lomo_memory")
 print(provenance_line(recorded))
@@ -157,7 +178,9 @@ rows = {
 }
 rows["the paper"] = {"without": 45.61, "with": 1.79}
 print(pd.DataFrame(rows).T.round(2).to_string())
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 By hand, a layer of 2023's code keeps of each token, with $h$ the hidden size, $m$ the inner size and $s$ the scores of a token,
 heads × length:
@@ -171,7 +194,8 @@ heads × length:
 What is left of the paper's figure, 2.2 GiB, is 5 %. Its totals without checkpointing are each 1.00 GiB more than their parts,
 so one of the two figures is not what the other says.
 """)
-code(r"""
+code(
+    r"""
 # @title Table: simulated beside the paper's table 1, GiB
 PAPER = {
     "AdamW": {"with": 102.20, "without": 147.02},
@@ -187,7 +211,9 @@ for method, totals in PAPER.items():
         rows[f"{method}, {how}"] = row
 table = pd.DataFrame(rows).T.rename(columns={"optimizer states": "states"})
 print(table.round(2).to_string())
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 With checkpointing we are within 4 % of the paper's totals. The columns mean something else, though: the paper adds up its
 parts, ours is what is alive at one moment. For AdamW and SGD that is the update, when hardly an activation is left. For LOMO
@@ -197,4 +223,9 @@ it is the start of backward, when three numbers of 32 bits are alive for each lo
 [their repository](https://github.com/OpenLMLab/LOMO) say how it was measured).
 """)
 if __name__ == "__main__":
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
+    nbformat.write(
+        new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        ),
+        sys.argv[1],
+    )

@@ -1,11 +1,19 @@
 """Builds book/2-lora/lab/6-lora.ipynb."""
+
 import sys
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 cells = []
-def md(text): cells.append(new_markdown_cell(text.strip("\n")))
-def code(text, *tags): cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
+
+def md(text):
+    cells.append(new_markdown_cell(text.strip("\n")))
+
+
+def code(text, *tags):
+    cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
 
 md(r"""
 # Laboratory 6: LoRA
@@ -14,7 +22,8 @@ md(r"""
 
 These are the controls and counts behind [chapter 6](../6-lora.ipynb). Take what interests you; the sections stand alone.
 """)
-code(r"""
+code(
+    r"""
 # @title Imports
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -27,7 +36,9 @@ from tuning.lora import LoRA
 from tuning.models import load_lm
 from tuning.plots import figure, panels
 from tuning.prompts import encode
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 ## The change of full fine-tuning, term by term
 
@@ -39,7 +50,8 @@ $$\Delta W = \sum_i \sigma_i\, u_i v_i^\top, \qquad \sigma_1 \ge \sigma_2 \ge \d
 The first $r$ terms are the best matrix of rank $r$, and what they leave out has the squared length
 $\sum_{i>r}\sigma_i^2$ (Eckart and Young, 1936). How much do they hold?
 """)
-code(r"""
+code(
+    r"""
 # @title Figure: share of the squared length, by rank
 recorded = load_results("first_directions")
 print(provenance_line(recorded))
@@ -61,7 +73,9 @@ axes.legend()
 plt.show()
 terms = [change["spectrum"]["terms for nine tenths"] for change in changes]
 print("terms that hold nine tenths: least, median and most of a layer", terms)
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 TEXT on spectrum; Biderman et al. with our count.
 
@@ -70,7 +84,8 @@ TEXT on spectrum; Biderman et al. with our count.
 Each row puts one part of the change into the 210 linear layers of the untrained model. Embeddings and norms stay as they
 were, so "whole, linear layers" is not quite the tuned model.
 """)
-code(r"""
+code(
+    r"""
 # @title Table: what each part brings
 PARTS = {
     "tuned": "tuned, all weights",
@@ -109,7 +124,9 @@ def line(kind):
 
 
 pd.DataFrame({name: line(kind) for kind, name in PARTS.items()}).T
-""", "hide-input")
+""",
+    "hide-input",
+)
 md(r"""
 TEXT.
 
@@ -143,7 +160,8 @@ X = torch.cat(caught).cpu()  # (tokens, in)
 torch.manual_seed(0)
 wanted = X @ torch.randn(576, 576) / 24  # (tokens, out)
 """)
-code(r"""
+code(
+    r"""
 def first_step(rank, rslora, optimizer, lr):
     # What an adapter adds after one step, root mean square of eight draws.
     found = []
@@ -168,8 +186,11 @@ added = {
 added = pd.DataFrame(added, index=pd.Index(ranks, name="rank"))
 added = added / added.loc[1]
 print(added.round(2).to_string())
-""", "nbval-ignore-output")
-code(r"""
+""",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 # @title Figure: one step, by rank
 fig, axes = panels("After one step α/√r is level with SGD, α/r with Adam", (1, 1))
 for ax, name in zip(axes, OPTIMIZERS, strict=True):
@@ -179,14 +200,20 @@ for ax, name in zip(axes, OPTIMIZERS, strict=True):
 axes[0].set_ylabel("added to the output, rank 1 is 1")
 axes[0].legend()
 plt.show()
-""", "hide-input", "nbval-ignore-output")
-code(r"""
+""",
+    "hide-input",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 # @title ✓ Level where the two facts say so
 last = added.loc[256]
 assert last["SGD", "α/r"] < 0.02 and 0.2 < last["SGD", "α/√r"] < 3
 assert 0.2 < last["Adam", "α/r"] < 3 and last["Adam", "α/√r"] > 4
 print("level where the two facts say so")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 This is one step from $B = 0$ in one layer. Later steps do not all push the same way, and Kalajdzievski (2023), who trained
 with AdamW, found $\alpha/\sqrt r$ better at large ranks. When the best rate is the same at every rank, and when it falls
@@ -248,4 +275,9 @@ The paper says 10,000 times fewer, and 350 GB that become 35 MB. Counted out it 
 [Chen, Villar and Hayou 2026](https://arxiv.org/abs/2602.06204) (rates across ranks).
 """)
 if __name__ == "__main__":
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
+    nbformat.write(
+        new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        ),
+        sys.argv[1],
+    )

@@ -1,18 +1,27 @@
 """Builds book/2-lora/solutions/6-lora.ipynb."""
+
 import sys
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 cells = []
-def md(text): cells.append(new_markdown_cell(text.strip("\n")))
-def code(text, *tags): cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
+
+def md(text):
+    cells.append(new_markdown_cell(text.strip("\n")))
+
+
+def code(text, *tags):
+    cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+
 
 md(r"""
 # Solutions to chapter 6
 
 One solution for each exercise of [chapter 6](../6-lora.ipynb). Each begins with its answer.
 """)
-code(r"""
+code(
+    r"""
 # @title Set-up: looks for the book's library
 from importlib.util import find_spec
 
@@ -22,8 +31,11 @@ if find_spec("tuning") is None:
         "On your machine, run `make lab` in its folder. For Colab, publish it: "
         "make publish REPO=owner/name TAG=v1.0.0"
     )
-""", "hide-input")
-code(r"""
+""",
+    "hide-input",
+)
+code(
+    r"""
 # @title Imports
 import pandas as pd
 import torch
@@ -37,8 +49,11 @@ from tuning.checks import (
 from tuning.evaluate import facts_with_ids
 from tuning.models import load_lm
 from tuning.p_tuning import answer_loss
-""", "hide-cell")
-code(r"""
+""",
+    "hide-cell",
+)
+code(
+    r"""
 # @title As in the chapter: the adapter
 class WithLoRA(nn.Module):
     def __init__(self, base, rank=8, alpha=16):
@@ -51,7 +66,9 @@ class WithLoRA(nn.Module):
 
     def forward(self, x):
         return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 ## Exercise 1. Count LLaMA-7B's
 
@@ -69,7 +86,8 @@ md(r"""
 
 **The model is unchanged too, and in this small layer both starts end alike at every rate.**
 """)
-code(r"""
+code(
+    r"""
 torch.manual_seed(0)
 base = nn.Linear(48, 32)
 inputs = torch.randn(99, 48)
@@ -105,7 +123,9 @@ for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1):
     rows[lr] = {start: sum(losses) / 5 for start, losses in found.items()}
     rows[lr] |= {f"± {s[0]}": max(v) - min(v) for s, v in found.items()}
 print(pd.DataFrame(rows).T.round(3).to_string())
-""", "nbval-ignore-output")
+""",
+    "nbval-ignore-output",
+)
 md(r"""
 A zero factor on either side makes the product zero. In each row the two means differ by no more than the seeds of one start do. That is
 one small layer, fitted alone. In wide models Hayou et al. (2024) find that with B at zero larger rates can be used, and that they do
@@ -125,7 +145,8 @@ def share_held(matrix, k):
 
 check_share_held(share_held)
 """)
-code(r"""
+code(
+    r"""
 model, tokenizer = load_lm(dtype=torch.float32)
 model.requires_grad_(False)
 facts = facts_with_ids(tokenizer, "P17")["train"][: sized(64, 4)]
@@ -153,8 +174,11 @@ table = {
     for name, matrix in matrices.items()
 }
 print(pd.DataFrame(table).T.round(2).to_string())
-""", "nbval-ignore-output")
-code(r"""
+""",
+    "nbval-ignore-output",
+)
+code(
+    r"""
 # @title ✓ The sign has a long tail, and Adam's change with it
 if sized(True, False):
     assert table["gradient"][8] > 0.9
@@ -162,7 +186,9 @@ if sized(True, False):
     assert table["Adam's change"][8] < table["gradient"][8]
 assert table["random numbers"][8] < 0.1
 print("the sign has a long tail, and Adam's change with it")
-""", "hide-cell")
+""",
+    "hide-cell",
+)
 md(r"""
 The gradient is a sum of $g x^\top$ over the tokens of all facts. As far as tokens agree in $x$ or in $g$, a few terms hold most of it. The sign
 gives each number the same size, so that the many small numbers count as much as the few large ones. Adam's first step is that sign,
@@ -205,4 +231,9 @@ Then $A A^\top = B^\top B$, both the diagonal matrix of singular values. The mod
 gradients are not: each holds the other factor.
 """)
 if __name__ == "__main__":
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
+    nbformat.write(
+        new_notebook(
+            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        ),
+        sys.argv[1],
+    )

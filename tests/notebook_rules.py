@@ -52,6 +52,16 @@ def code_cells(book):
     return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
 
 
+def defined(book, name, namespace):
+    """A class or function that a page writes itself, made from its source with the names of `namespace`."""
+    for cell in code_cells(book):
+        for node in parse(cell.source).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
+                exec(compile(ast.Module([node], []), name, "exec"), namespace)
+                return namespace[name]
+    raise LookupError(f"no cell defines {name}")
+
+
 def untitled(cell):
     """The source of a code cell, without the title of its fold."""
     return cell.source if title(cell) is None else cell.source.partition("\n")[2]

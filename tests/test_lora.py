@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from notebook_rules import ROOT, defined, read
 from peft import LoraConfig, get_peft_model
 from small_models import IDS, fill, logits, small, tiny_llama
 from torch import nn
@@ -511,3 +512,20 @@ def test_a_merged_layer_is_the_bare_one():
     fill(model.wide.adapters["default"], 0)
     merge(model)
     assert torch.equal(model.wide(x), F.linear(x, model.wide.weight, model.wide.bias))
+
+
+@pytest.mark.parametrize(("sizes", "rank", "alpha"), [((12, 20), 4, 12), ((7, 5), 1, 3), ((16, 16), 8, 8)])
+def test_chapter_6s_small_class_is_the_librarys_adapter_beside_a_layer(sizes, rank, alpha):
+    WithLoRA = defined(read(ROOT / "book/2-lora/6-lora.ipynb"), "WithLoRA", {"nn": nn, "torch": torch})
+    base, adapter = nn.Linear(*sizes), LoRA(*sizes, rank, alpha)
+    small_one = WithLoRA(base, rank, alpha)
+    assert small_one.A.abs().max() <= sizes[0] ** -0.5 and not small_one.B.any()
+    fill(adapter, seed=1)
+    for name in "AB":
+        getattr(small_one, name).data.copy_(getattr(adapter, name))
+    x = torch.randn(2, 3, sizes[0])
+    torch.testing.assert_close(small_one(x), base(x) + adapter(x))
+    small_one(x).square().sum().backward()
+    (base(x) + adapter(x)).square().sum().backward()
+    for name in "AB":
+        torch.testing.assert_close(getattr(small_one, name).grad, getattr(adapter, name).grad)
