@@ -142,7 +142,7 @@ print(f"{len(adapters) // 2} adapters, {trained:,} numbers")
 """)
 md(r"""
 Now we ask, train for sixty steps, and ask again. A training example is a city and its country. `answer_loss` is the
-loss of the country's token after the prompt.
+loss of the country's token after the prompt, and `batch_rows` draws sixteen examples a step.
 """)
 code(
     r"""
@@ -347,8 +347,8 @@ md(r"""
 2. FINDING length.
 3. FINDING spread: without the first term.
 
-So LoRA does not work because the change is of low rank. It works because *some* change of low rank is enough. This is
-one easy task and a small model. How many terms does a hard task need?
+So LoRA does not work because the change is of low rank. It works because *some* change of low rank is enough
+[[note 2]](#notes). This is one easy task and a small model. How many terms does a hard task need?
 
 ## When is a rank full?
 
@@ -399,7 +399,7 @@ $$
 $$
 
 The last line is what α changes and the rate does not: how large A starts, and so how little training turns it
-[[note 2]](#notes). Here is the second line:
+[[note 3]](#notes). Here is the second line:
 """)
 code(r"""
 def fit(layer, lr):
@@ -491,9 +491,9 @@ for make in (three, three_with_peft, three_with_ours):
 """)
 md(r"""
 All weights trained, the layers keep their input once. peft's adapters are in float32, and each keeps a float32 copy of it.
-This book's keep the input as it came, and widen it again in backward: the same numbers bit for bit, for a sixth of the
+This book's keep the input as it came, and widen it again in backward: the same numbers bit for bit, for less than a fifth of the
 bytes. For a whole layer of LLaMA-7B, peft's adapters keep 1.48 times what full training keeps, and ours 0.92
-[[note 3]](#notes).
+[[note 4]](#notes).
 
 ## Merging
 
@@ -538,8 +538,8 @@ if MINE:
     yours(MINE, "LoRA", "The official language of [X] is [Y].")
 """)
 md(r"""
-At work peft puts the adapters in. [`recipes/tune.py`](https://github.com/) does the whole run from one file of settings;
-its heart is these lines:
+At work peft puts the adapters in. `recipes/tune.py` in this book's repository does the whole run from one file of
+settings. These lines are its heart:
 
 ```python
 from peft import LoraConfig, get_peft_model
@@ -582,9 +582,13 @@ Each has a [solution](solutions/6-lora.ipynb).
 
 1. Which of the two is zero does matter at large rates. Hayou et al. (2024) find that with B at zero larger rates can be used,
    and that they do better.
-2. Zhang et al. (2026) report gains from a large α that no rate brings, and put them down to what is said here in one line: α
+2. That few directions can be enough was seen before LoRA. Aghajanyan et al. (2021) tuned RoBERTa along 200 random directions
+   and reached nine tenths of full fine-tuning's score on one task. Enough is not the same, though. Shuttleworth et al. (2024)
+   find that LoRA's matrices get new large directions, unlike any in the pretrained model, and that those go along with
+   forgetting.
+3. Zhang et al. (2026) report gains from a large α that no rate brings, and put them down to what is said here in one line: α
    also sets how large the start is beside the steps.
-3. Counted and checked against peft in [laboratory 11](../4-lomo/lab/11-where-the-memory-goes.ipynb). Activation checkpointing
+4. Counted and checked against peft in [laboratory 11](../4-lomo/lab/11-where-the-memory-goes.ipynb). Activation checkpointing
    makes the difference small: one layer at a time keeps all this.
 
 **Sources.** [Hu et al. 2021](https://arxiv.org/abs/2106.09685) (LoRA);
