@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["held_all_along", "kept_for_backward", "kept_to_train", "made_of_logits", "moments", "plan", "qlora_sheet"]
+__all__ = ["held_all_along", "kept_for_backward", "kept_to_train", "moments", "plan", "qlora_sheet"]
 
 CATEGORIES = ("parameters", "optimizer states", "gradients", "activations", "temporary")
 
