@@ -24,6 +24,20 @@ These are the controls and counts behind [chapter 6](../6-lora.ipynb). Take what
 """)
 code(
     r"""
+# @title Set-up: looks for the book's library
+from importlib.util import find_spec
+
+if find_spec("tuning") is None:
+    raise ModuleNotFoundError(
+        "This copy of the book has no public address to install from. "
+        "On your machine, run `make lab` in its folder. For Colab, publish it: "
+        "make publish REPO=owner/name TAG=v1.0.0"
+    )
+""",
+    "hide-input",
+)
+code(
+    r"""
 # @title Imports
 import matplotlib.pyplot as plt
 import pandas as pd

@@ -299,8 +299,13 @@ def marker_faults(book, library):
         following = parse(later[0] if later else "")
         names = {name for node in following.body for name in imported_from(node, f"tuning.{module}")}
         for name in shown.keys() - names:
-            if any(re.search(rf"\b{name}\b", source) for source in later):
+            if any(name in names_of(source) for source in later):
                 yield f"{name}: the cell after the marked one does not import the library's"
+
+
+def names_of(source):
+    """The names that a cell's code reads or writes."""
+    return {node.id for node in ast.walk(parse(source)) if isinstance(node, ast.Name)}
 
 
 def imported_from(node, module):
