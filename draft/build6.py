@@ -362,7 +362,7 @@ runs = load_results("full_rank")["results"]
 runs = [run for key, run in runs.items() if key.startswith("run/")]
 fig, axes = figure(
     FULL_TITLE,
-    "bits in the pairs, 6 each",
+    "pairs to learn, 6 bits each",
     "bits held",
 )
 for rank, color in zip((1, 4, 16, 64), COLORS, strict=False):
@@ -375,6 +375,10 @@ for rank, color in zip((1, 4, 16, 64), COLORS, strict=False):
     )
 axes.axline((1536, 1536), (24576, 24576), color="0.6", ls=":")
 axes.set(xscale="log", yscale="log")
+pairs = sorted({run["pairs"] for run in runs})
+axes.set_xticks([6 * count for count in pairs], pairs)
+axes.set_yticks([1000, 3000, 10_000], ["1,000", "3,000", "10,000"])
+axes.minorticks_off()
 axes.legend()
 plt.show()
 """,
