@@ -11,8 +11,10 @@ def md(text):
     cells.append(new_markdown_cell(text.strip("\n")))
 
 
-def code(text, *tags):
+def code(text, *tags, alt=None):
     cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+    if alt:
+        cells[-1].metadata["mystnb"] = {"image": {"alt": alt}}
 
 
 md(r"""
@@ -26,8 +28,7 @@ out, and the book is what it was.
 Fine-tuning prints the book again. Each task leaves a full copy of the model, 538 MB for ours. Could we keep the old
 model, and store only the change?
 """)
-code(
-    r"""
+code(r"""
 # @title Set-up: looks for the book's library
 from importlib.util import find_spec
 
@@ -37,13 +38,11 @@ if find_spec("tuning") is None:
         "On your machine, run `make lab` in its folder. For Colab, publish it: "
         "make publish REPO=owner/name TAG=v1.0.0"
     )
-""",
-    "hide-input",
-)
-code(
-    r"""
+""", "hide-input")
+code(r"""
 # @title Imports, model and data
 import math
+import random
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -51,56 +50,54 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tuning import drawings
-from tuning.evaluate import facts_with_ids, ledger, paired_interval
+from tuning.evaluate import (
+    bootstrap_interval,
+    facts_with_ids,
+    ledger,
+    paired_interval,
+)
 from tuning.experiments.record import load_results
 from tuning.lora import WideProduct
+from tuning.memory import MODELS, Setting, kept_for_backward
 from tuning.models import load_lm
-from tuning.p_tuning import answer_loss, prompt_logits
+from tuning.p_tuning import prompt_logits
 from tuning.plots import COLORS, figure
-from tuning.training import batch_rows
 from tuning.yours import yours
 
 model, tokenizer = load_lm(dtype=torch.float32)
 facts = facts_with_ids(tokenizer, "P17")  # (city, token id of its country)
-""",
-    "hide-cell",
-)
-code(
-    r"""
+""", "hide-cell")
+code(r"""
 # @title Drawing: LoRA's two ways, and what is sent
 drawings.lora(model_bytes=538_060_032, adapter_bytes=9_768_960)
-""",
-    "hide-input",
-)
+""", "hide-input")
 md(r"""
 There is a catch. One weight matrix W of our model has 576 × 576 numbers, and a change of W has as many. The errata
 would be as long as the book. So LoRA allows only changes of one kind: a tall matrix B with eight columns, times a flat
 matrix A with eight rows. That is 9,216 numbers instead of 331,776. It sounds like too few. Look:
 """)
-code(
-    r"""
+code(r"""
 # @title The ledger: asked, all weights, LoRA on and off
 recorded = load_results("ledger")["results"]["rows"]
 found = {row["method"]: row for row in recorded}
 met = [found[name] for name in ("asked", "all weights", "LoRA")]
 met.append(found["asked"] | {"method": "LoRA, switched off"})
 ledger(met, columns=("right", "continents", "kept a task"))
-""",
-    "hide-input",
-    "result",
-)
+""", "hide-input", "result")
 md(r"""
-We asked *The city of Osaka is in the country of …* and counted: **right** of 1,064 new cities, and **continents** of 160
-countries, which nobody trained on. Trained rows are means of three runs; the intervals count cities and runs.
+**Right** counts new cities, after *The city of Osaka is in the country of …* **Continents** counts answers to another
+question, which nobody trained. **Kept a task** is what one more task costs: a prompt, a copy of the model, or an
+adapter. Trained rows are means of three runs. In brackets stands an interval of 95 %: other cities and other runs
+would mostly fall into it.
 
 LoRA tells as many countries as training all weights, as far as we can see, and its file is 55 times smaller.
 
-Now the continents. We trained on countries alone, and both models now miss continents that they used to name. Small
-does not mean harmless. But read the last row. It needs no run, since W was never touched: take the sheet out, and the
-model is what it was.
+Now the continents. We trained countries alone, and both models now miss continents that they used to name. LoRA
+forgets less: CONTINENTS_LORA are left, against CONTINENTS_FULL. Biderman et al. (2024) saw the same in larger models.
+Small does not mean harmless. But read the last row. Take the sheet out, and the model is what it was.
 
 *You need [chapter 1](../1-prompts/1-two-ways.ipynb)'s training loop and
-[chapter 2](../1-prompts/2-prompts-are-code.ipynb)'s templates. About 80 seconds and 4 GB on two cores; 35 minutes of
+[chapter 2](../1-prompts/2-prompts-are-code.ipynb)'s templates. About 80 seconds and 4 GB on two cores; 40 minutes of
 reading.*
 
 ## The adapter
@@ -116,7 +113,8 @@ class WithLoRA(nn.Module):
         self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, base.in_features))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # small random numbers
+        bound = base.in_features**-0.5
+        nn.init.uniform_(self.A, -bound, bound)  # small random numbers
 
     def forward(self, x):  # (..., in)
         change = x @ self.A.T @ self.B.T  # (..., out)
@@ -126,13 +124,14 @@ md(r"""
 That is the whole method. The matrix BA is never made: two thin products are cheaper. The scale α/r is a fixed number; a
 section below says what it does.
 
-Freeze the model, and put an adapter beside each of its 210 linear layers:
+Freeze the model, and put an adapter beside each linear layer of its 30 blocks, 210 in all. The output table `lm_head` stays as it
+is, as in peft:
 """)
 code(r"""
 torch.manual_seed(0)
 model.requires_grad_(False)
 for name, layer in list(model.named_modules()):
-    if isinstance(layer, nn.Linear) and name != "lm_head":  # not the last one
+    if isinstance(layer, nn.Linear) and name != "lm_head":
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, WithLoRA(layer))
 
@@ -141,35 +140,33 @@ trained = sum(weight.numel() for weight in adapters)
 print(f"{len(adapters) // 2} adapters, {trained:,} numbers")
 """)
 md(r"""
-Now we ask, train for sixty steps, and ask again. A training example is a city and its country. `answer_loss` is the
-loss of the country's token after the prompt, and `batch_rows` draws sixteen examples a step.
+Now we ask, train for sixty steps, and ask again. `prompt_logits` gives the scores of the next word after each prompt, and
+the loss is the country's. In the ledger's sweep the rate 0.001 was best for LoRA, and a tenth of it for all weights.
 """)
-code(
-    r"""
+code(r"""
 ASK = "The city of [X] is in the country of [Y]."
 rows = facts["test"][::5]  # cities that are not trained on
 
 
 def answers():
-    logits = prompt_logits(model, tokenizer, ASK, rows)  # (cities, vocab)
+    with torch.no_grad():
+        logits = prompt_logits(model, tokenizer, ASK, rows)  # (cities, vocab)
     return logits.argmax(dim=1).tolist()
 
 
 before = answers()
 optimizer = torch.optim.AdamW(adapters, lr=1e-3, weight_decay=0, fused=True)
+random.seed(0)
 for step in range(60):
-    chosen = batch_rows(step, len(facts["train"]), 16, seed=0)
-    batch = [facts["train"][row] for row in chosen]
-    loss = answer_loss(model, tokenizer, ASK, batch)
-    loss.backward()
+    batch = random.sample(facts["train"], 16)
+    logits = prompt_logits(model, tokenizer, ASK, batch)  # (16, vocab)
+    countries = torch.tensor([country for _, country in batch])
+    F.cross_entropy(logits, countries.to(logits.device)).backward()
     optimizer.step()
     optimizer.zero_grad()
 after = answers()
-""",
-    "nbval-ignore-output",
-)
-code(
-    r"""
+""", "nbval-ignore-output")
+code(r"""
 right = {}
 for when, said in (("before", before), ("after", after)):
     right[when] = sum(a == b for a, (_, b) in zip(said, rows, strict=True))
@@ -179,23 +176,40 @@ table = {
     for (city, answer), one, other in list(zip(rows, before, after))[::27]
 }
 pd.DataFrame(table).T.map(tokenizer.decode)
-""",
-    "nbval-ignore-output",
-)
-code(
-    r"""
+""", "nbval-ignore-output")
+code(r"""
 # @title ✓ None of these cities was trained on, and more are right after
 assert not {city for city, _ in facts["train"]} & {city for city, _ in rows}
 assert right["after"] > right["before"]
 print("none of these cities was trained on, and more are right after")
-""",
-    "hide-cell",
-)
+""", "hide-cell")
 md(r"""
+Most of what was wrong is still wrong: a model of this size has hardly met many of these towns. Did it learn facts, or the form of the
+answer? [Chapter 5](../1-prompts/5-four-ways.ipynb) asks. Here is what else we can do with the sheet:
+""")
+code(r"""
+layers = [layer for layer in model.modules() if isinstance(layer, WithLoRA)]
+for layer in layers:
+    layer.scale = 0  # take it out
+assert answers() == before
+for layer in layers:
+    layer.scale = 16 / 8  # and put it in again
+assert answers() == after
+
+one, x = layers[0], torch.randn(5, 576, device=model.device)
+merged = one.base.weight + one.scale * one.B @ one.A  # or make it part of W
+torch.testing.assert_close(x @ merged.T, one(x), rtol=1e-4, atol=1e-4)
+print(f"to send: {4 * trained / 1e6:.1f} MB")
+""")
+md(r"""
+Out, the model gives every answer of before. **Merged**, it is as fast as before, and the sheet is glued in. Kept beside W, the
+adapter can be swapped for another task's. Its products are small, but each is a call of its own, and so a model with adapters beside it writes
+more slowly. [Chapter 7](7-lora-in-practice.ipynb) measures it.
+
 ## As in peft
 
 [peft](https://github.com/huggingface/peft) is the library that you will use at work. The same weights in its adapter and
-in ours must give the same outputs. Here the scale is 3: at a scale of 1 a forgotten scale would not show.
+in ours must give the same outputs:
 """)
 code(r"""
 from peft import LoraConfig
@@ -210,8 +224,7 @@ theirs.lora_A["default"].weight.data = ours.A.data.clone()
 theirs.lora_B["default"].weight.data = ours.B.data.clone()
 torch.testing.assert_close(ours(x), theirs(x))
 """)
-code(
-    r"""
+code(r"""
 # @title ✓ Gradients and the change of weights too
 ours(x).square().sum().backward()
 theirs(x).square().sum().backward()
@@ -221,11 +234,8 @@ for name, weight in (("A", theirs.lora_A), ("B", theirs.lora_B)):
 delta = ours.scale * ours.B @ ours.A
 torch.testing.assert_close(delta, theirs.get_delta_weight("default"))
 print("gradients and the change of weights too")
-""",
-    "hide-cell",
-)
-code(
-    r"""
+""", "hide-cell")
+code(r"""
 # @title Library: LoRA, which has dropout and another scale too
 # tuning/lora.py
 class LoRA(nn.Module):
@@ -255,9 +265,7 @@ class LoRA(nn.Module):
 
     def delta(self):
         return self.scale * (self.B @ self.A)
-""",
-    "hide-input",
-)
+""", "hide-input")
 md(r"""
 ## Why B is zero
 
@@ -272,7 +280,7 @@ $$
 $$
 """)
 code(r"""
-x, g = torch.randn(48), torch.randn(32)  # one input, and its gradient
+x, g = torch.randn(48), torch.randn(32)  # an input; what arrives from above
 ours.zero_grad()
 ours(x).backward(g)
 A, B, s = ours.A.detach(), ours.B.detach(), ours.scale
@@ -286,7 +294,8 @@ which have $r$ numbers.
 And your guess is settled. The gradient of $B$ holds $A$, and the gradient of $A$ holds $B$:
 """)
 code(r"""
-for start, (a, b) in {"A zero": (0, 1), "B zero": (1, 0), "both": (0, 0)}.items():
+starts = {"A zero": (0, 1), "B zero": (1, 0), "both": (0, 0)}
+for start, (a, b) in starts.items():
     layer = WithLoRA(base)
     layer.A.data *= a
     layer.B.data = b * torch.randn(32, 8)
@@ -296,75 +305,107 @@ for start, (a, b) in {"A zero": (0, 1), "B zero": (1, 0), "both": (0, 0)}.items(
     print(f"{start:6} as the model at the start: {same}, moves: {moves}")
 """)
 md(r"""
-With both zero nothing ever moves. With one zero the other moves first, and a step later both do. LoRA's authors chose B
-[[note 1]](#notes).
+With both zero nothing ever moves. With one zero, that one moves first, and a step later both do. Either start would do. LoRA's authors
+chose B, and at large rates that is the better choice [[note 1]](#notes).
 
-## Why so little is enough
+## How much of the change is needed?
 
-Is the change that full fine-tuning makes of low rank? No. Take the change of each of the 210 layers apart by its
-singular values, the largest first. To hold nine tenths of it, the middle layer needs MEDIAN terms. An adapter has 8.
+Why should eight columns be enough? Look at what training *all* weights has changed: $\Delta W$, one matrix a layer. The singular value
+decomposition writes it as a sum of **terms**, matrices of rank 1, the longest first:
 
-But does the model need all of that change? We put parts of it back into the untrained model, and ask:
+$$\Delta W = \sigma_1 u_1 v_1^\top + \sigma_2 u_2 v_2^\top + \dots, \qquad \sigma_1 \ge \sigma_2 \ge \dots$$
+
+The squared length of a matrix is the sum of its squared numbers, and here of the $\sigma_i^2$. If $\Delta W$ were of low rank, a few terms would hold all
+of it.
 """)
-code(
-    r"""
-# @title Table: parts of the change put back, and trained adapters
+code(r"""
+# @title Figure: how much of the change its first terms hold
 pieces = load_results("first_directions")["results"]
+spectra = [pieces[f"change/{seed}"]["spectrum"] for seed in range(3)]
+held = {int(rank): share for rank, share in spectra[0]["held"].items()}
+fig, axes = figure(
+    f"The first eight terms hold {held[8]:.0%} of the change",
+    "terms of each layer's change, the longest first",
+    "share of its squared length",
+)
+for seed, spectrum in enumerate(spectra):
+    shares = list(spectrum["held"].values())
+    axes.plot(list(held), shares, color=COLORS[seed], label=f"run {seed + 1}")
+axes.axvline(8, color="0.6", ls=":")
+axes.set(xscale="log", ylim=(0, 1))
+axes.set_xticks(list(held), list(held))
+axes.minorticks_off()
+axes.legend()
+plt.show()
+""", "hide-input", alt=SPECTRUM_ALT)
+md(r"""
+It is not. In half of the layers, MEDIAN terms or more are needed to hold nine tenths. Biderman et al. (2024) found the same in larger
+models. An adapter of rank 8 cannot make this change.
+
+Does it have to? We put parts of the change back into the untrained model, and ask:
+""")
+code(r"""
+# @title Table: parts of the change put back, and trained adapters
 PARTS = {
     "nothing": "nothing",
     "all of it": "linear layers",
     "its first term": "first 1",
-    "all of it, as short as that": "shortened as first 1",
-    "all but its first term": "without first 1",
-    "8 random directions of it": "8 random",
+    "its first 8 terms": "first 8",
+    "all but its first 8": "without first 8",
+    "all of it, as short as its first term": "shortened as first 1",
+    "8 random directions, as long as the first 8": "8 random, drawn out",
 }
 
 
-def share_of(hits):
-    values = [torch.tensor([int(hit) for hit in one]).double() for one in hits]
-    low, high = paired_interval(values, same_items=True)
-    n = len(values[0])
-    mean = n * torch.cat(values).mean()
-    return f"{mean:.0f} ({n * low:.0f} to {n * high:.0f})"
+def hits_of(piece):
+    return torch.tensor([int(hit) for hit in piece["hits"]]).double()
 
 
+def row(runs):
+    gaps = [one - other for one, other in zip(runs, whole, strict=True)]
+    low, high = paired_interval(gaps, same_items=True)
+    n = len(runs[0])
+    gap = f"{n * torch.cat(gaps).mean():+.0f} ({n * low:+.0f} to {n * high:+.0f})"
+    right = f"{n * torch.cat(runs).mean():.0f}"
+    return {f"right, of {n:,}": right, "against all of it": gap}
+
+
+changes = [pieces[f"change/{seed}"] for seed in range(3)]
+whole = [hits_of(change["linear layers"]) for change in changes]
 table = {
-    name: share_of([pieces[f"change/{k}"][kind]["hits"] for k in range(3)])
+    name: row([hits_of(change[kind]) for change in changes])
     for name, kind in PARTS.items()
 }
 table |= {
-    f"a trained adapter of rank {rank}": share_of(
-        [pieces[f"adapter/{rank}/{k}"]["hits"] for k in range(3)]
+    f"a trained adapter of rank {rank}": row(
+        [hits_of(pieces[f"adapter/{rank}/{seed}"]) for seed in range(3)]
     )
     for rank in (1, 8)
 }
-pd.DataFrame({"right, of 1,064": table})
-""",
-    "hide-input",
-)
+table["all of it"]["against all of it"] = ""
+pd.DataFrame(table).T
+""", "hide-input")
 md(r"""
+All of it means all linear layers; embeddings and norms stay as they were. An interval that holds zero says that we see no difference.
+
 1. FINDING first term.
 2. FINDING length.
 3. FINDING spread: without the first term.
 
-So LoRA does not work because the change is of low rank. It works because *some* change of low rank is enough
-[[note 2]](#notes). This is one easy task and a small model. How many terms does a hard task need?
+So LoRA works, but not because the change of full training is of low rank. By its length it is not. By what it does for the answer, a few terms
+are enough [[note 2]](#notes). This is one easy task and a small model. How many terms does a hard task need?
 
 ## When is a rank full?
 
-Take a task with nothing to understand: learn by heart. We drew prompts of three random tokens, and gave each one of 64 words
-as its answer. That is 6 bits a pair. Only the last layer has adapters. How many bits can they hold?
+Take a task with nothing to understand: learn by heart. A pair is a prompt of three random tokens and one of 64 words, also drawn at
+random, 6 bits to remember. Only the last of the 30 blocks has adapters, and we train until they take up no more. If the model gives
+the right word the probability $p$, it holds $6 + \log_2 p$ bits of that pair: all 6 when it is certain, none when it guesses.
 """)
-code(
-    r"""
+code(r"""
 # @title Figure: bits held, by rank
 runs = load_results("full_rank")["results"]
 runs = [run for key, run in runs.items() if key.startswith("run/")]
-fig, axes = figure(
-    FULL_TITLE,
-    "pairs to learn, 6 bits each",
-    "bits held",
-)
+fig, axes = figure(FULL_TITLE, "pairs to learn, 6 bits each", "bits held")
 for rank, color in zip((1, 4, 16, 64), COLORS, strict=False):
     mine = [run for run in runs if run["rank"] == rank]
     axes.plot(
@@ -373,7 +414,7 @@ for rank, color in zip((1, 4, 16, 64), COLORS, strict=False):
         color=color,
         label=f"rank {rank}: {mine[0]['trained']:,} numbers",
     )
-axes.axline((1536, 1536), (24576, 24576), color="0.6", ls=":")
+axes.plot((1536, 24576), (1536, 24576), color="0.6", ls=":", label="all")
 axes.set(xscale="log", yscale="log")
 pairs = sorted({run["pairs"] for run in runs})
 axes.set_xticks([6 * count for count in pairs], pairs)
@@ -381,29 +422,29 @@ axes.set_yticks([1000, 3000, 10_000], ["1,000", "3,000", "10,000"])
 axes.minorticks_off()
 axes.legend()
 plt.show()
-""",
-    "hide-input",
-)
+""", "hide-input", alt=FULL_ALT)
 md(r"""
 FINDINGS.
 
-So ask what a task must store. The form of an answer is little. Thousands of new facts are not.
+So ask what your task must store. FINDING scale.
 
 ## What α/r does
 
-Is it a knob of its own? Put $A' = \sqrt s A$ and $B' = \sqrt s B$. Then $s\,BA = B'A'$, an adapter without a scale. The
-gradient of $A'$ is that of $A$ divided by $\sqrt s$. SGD heeds that size; Adam does not. So:
+The scale $s = \alpha/r$ is a fixed number. Is it only another learning rate? Let $A' = \sqrt s A$ and $B' = \sqrt s B$. Then
+$s\,BA = B'A'$, an adapter without a scale. Train both, and compare one step of A:
 
-$$
-\begin{aligned}
-\text{SGD:} && \text{scale } s,\ \text{rate } \eta,\ \text{start } A &\;=\; \text{scale } 1,\ \text{rate } s\,\eta,\ \text{start } \sqrt s\,A \\
-\text{Adam:} && \text{scale } s,\ \text{rate } \eta,\ \text{start } A &\;=\; \text{scale } 1,\ \text{rate } \sqrt s\,\eta,\ \text{start } \sqrt s\,A \\
-\text{so, for Adam:} && 4\alpha,\ \text{rate } \eta/2,\ \text{start } A &\;=\; \alpha,\ \text{rate } \eta,\ \text{start } 2A
-\end{aligned}
-$$
+- The gradient of $A'$ is that of $A$ divided by $\sqrt s$, by the chain rule.
+- **SGD** moves $A$ by $\eta$ times its gradient. So $A' = \sqrt s A$ moves by $\sqrt s\,\eta$ times that, which is $s\,\eta$ times its own.
+- **Adam** moves each number by about $\eta$, whatever the gradient's size. So $A'$ moves by $\sqrt s\,\eta$.
 
-The last line is what α changes and the rate does not: how large A starts, and so how little training turns it
-[[note 3]](#notes). Here is the second line:
+The same goes for $B$. So these are the same runs:
+
+| optimizer | scale, rate, start of A | without a scale: rate, start of A |
+| --- | --- | --- |
+| SGD | $s$, $\eta$, $A_0$ | $s\,\eta$, $\sqrt s\,A_0$ |
+| Adam | $s$, $\eta$, $A_0$ | $\sqrt s\,\eta$, $\sqrt s\,A_0$ |
+
+Here is Adam's line, for $s = 4$:
 """)
 code(r"""
 def fit(layer, lr):
@@ -414,7 +455,7 @@ def fit(layer, lr):
         optimizer.step()
 
 
-base = base.double()
+base = base.double()  # so that rounding does not blur it
 inputs, wanted = torch.randn(99, 48).double(), torch.randn(99, 32).double()
 scaled = WithLoRA(base, rank=8, alpha=32).double()  # s = 4
 plain = WithLoRA(base, rank=8, alpha=8).double()  # s = 1
@@ -424,19 +465,25 @@ fit(plain, lr=2e-3)  # √s times
 torch.testing.assert_close(4 * scaled.B @ scaled.A, plain.B @ plain.A)
 """)
 md(r"""
-So in practice fix α and tune the rate. The rank hides in $s = \alpha/r$ as well; [laboratory 6](lab/6-lora.ipynb)
-measures what another rank does to the first step.
+So α is a rate, and one thing more. With Adam the output begins to move at a speed of $s\,\eta$, while A turns at a speed of $\eta$. A larger rate
+makes both faster. A larger α makes the output faster, and lets A turn as before.
 
-## What is saved, and what is not
+In practice one fixes α, often at $2r$, and tunes the rate. Whether tuning the second knob pays is not settled [[note 3]](#notes). The rank
+hides in $s = \alpha/r$ as well: [laboratory 6](lab/6-lora.ipynb) measures what it does to the first step.
+
+## What a training step holds
 """)
-code(
-    r"""
+code(r"""
 # @title Table: numbers that a step holds, in MB
-whole = 134_515_008
+whole_model = 134_515_008
 table = {
-    "all weights": {"weights": whole, "gradients": whole, "Adam": 2 * whole},
+    "all weights": {
+        "weights": whole_model,
+        "gradients": whole_model,
+        "Adam": 2 * whole_model,
+    },
     "LoRA": {
-        "weights": whole + trained,
+        "weights": whole_model + trained,
         "gradients": trained,
         "Adam": 2 * trained,
     },
@@ -444,67 +491,22 @@ table = {
 table = pd.DataFrame(table).T * 4 / 1e6
 table["together"] = table.sum(axis=1)
 table.round().astype(int)
-""",
-    "hide-input",
-)
+""", "hide-input")
 md(r"""
-Gradients and Adam's two averages are saved, nearly all of them. The frozen weights are not, and part 3 of this book is about
-those. A third of the layers' multiplications is saved too: the gradients of the frozen weights.
-
-And what waits for backward? Here is a trap. Take three layers that read one input, as queries, keys and values do, in 16
-bits:
+Gradients and Adam's two averages nearly vanish. The frozen weights do not; part 3 of this book is about those. Nor do the **activations**, what
+forward keeps for backward: the gradient still has to travel down through every frozen layer. In 16 bits LoRA may even keep more. Bytes that one layer of LLaMA-7B
+keeps of each token, by the count that [chapter 11](../4-lomo/11-where-the-memory-goes.ipynb) derives:
 """)
 code(r"""
-from peft import get_peft_model
-from tuning.lora import add_lora
-
-x = torch.randn(512, 576, dtype=torch.bfloat16, requires_grad=True)
-
-
-def three():
-    return nn.Sequential(*(nn.Linear(576, 576) for _ in range(3))).bfloat16()
-
-
-def three_with_peft():
-    config = LoraConfig(r=8, target_modules=["0", "1", "2"])
-    return get_peft_model(three(), config).base_model.model
-
-
-def three_with_ours():
-    layers = three()
-    add_lora(layers, rank=8, alpha=16)
-    return layers
-""")
-code(r"""
-def kept(layers):  # bytes that wait for backward, weights aside
-    weights = {w.untyped_storage().data_ptr() for w in layers.parameters()}
-    sizes = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-        done = [layer(x) for layer in layers]
-    return sum(size for key, (size, _) in sizes.items() if key not in weights)
-
-
-for make in (three, three_with_peft, three_with_ours):
-    print(f"{make.__name__:16} {kept(make()) / 1e3:6.0f} kB")
+full = kept_for_backward(Setting("AdamW", MODELS["7B"], 1, 512))
+for whose, adapters in (("peft's", "copies"), ("this book's", "float32")):
+    setting = Setting("LoRA", MODELS["7B"], 1, 512, rank=8, adapters=adapters)
+    kept = kept_for_backward(setting)
+    print(f"{whose:11} {kept:,}, {kept / full:.2f} of full training's {full:,}")
 """)
 md(r"""
-All weights trained, the layers keep their input once. peft's adapters are in float32, and each keeps a float32 copy of it.
-This book's keep the input as it came, and widen it again in backward: the same numbers bit for bit, for less than a fifth of the
-bytes. For a whole layer of LLaMA-7B, peft's adapters keep 1.48 times what full training keeps, and ours 0.92
-[[note 4]](#notes).
-
-## Merging
-
-At the end $W + s\,BA$ is one matrix, as large as $W$. Add once, and the model is as fast as before. Kept beside, an
-adapter can be taken off and swapped. Its two thin products are few operations, but they are calls of their own: 420 more
-for each token that the model writes. That is where an adapter beside the weights is slower.
-[Chapter 7](7-lora-in-practice.ipynb) measures it.
+peft's adapters are in float32 over a model in 16 bits, and each keeps a float32 copy of its input. This book's library keeps the input as it
+came, and widens it again in backward [[note 4]](#notes). Full training keeps a little more than that: its norms are trained, too.
 
 ## Pitfalls
 
@@ -519,22 +521,23 @@ for alpha in (8, 16):
     print(f"α = {alpha:2}, r = 8: a merge without the scale passes: {passes}")
 """)
 md(r"""
-**Ask what you did not train.** The adapter holds 2 % of the model's numbers, and it changes the answer to every question.
-The ledger's second column shows it. Before you hand an adapter on, ask twenty questions from outside its task.
-
-**Freeze before you add, not after.** `model.requires_grad_(False)` also freezes adapters that are already there. Then
-nothing is trained, and only the loss tells.
+**Count what you train.** Forget to freeze, and nothing complains. All weights are trained, at a rate that is too large for them, and the file
+has the whole model in it.
 """)
 code(r"""
-late = WithLoRA(nn.Linear(48, 32))
-late.requires_grad_(False)  # too late: A and B are parameters of this module
-print("trained:", [n for n, w in late.named_parameters() if w.requires_grad])
+for freeze in (True, False):
+    layer = WithLoRA(nn.Linear(576, 576).requires_grad_(not freeze))
+    count = sum(w.numel() for w in layer.parameters() if w.requires_grad)
+    print(f"frozen {freeze}: {count:,} numbers are trained")
 """)
 md(r"""
+**Ask what you did not train.** The adapter is added to whatever you ask, not to your task alone. The ledger's second column shows what that may cost. Before you hand an
+adapter on, ask twenty questions from outside its task.
+
 ## Yours
 
-Give a file of your own: 20 lines or more, each `{"subject": …, "answer": …}`. It prints your row beside the untrained
-model's.
+Give a file of your own: 20 lines or more, each `{"subject": …, "answer": …}`. `yours` trains LoRA on part of it, and prints your row beside the
+untrained model's.
 """)
 code(r"""
 MINE = None  # e.g. "languages.jsonl"
@@ -558,18 +561,18 @@ model.save_pretrained("adapter")  # 9.8 MB
 
 Each has a [solution](solutions/6-lora.ipynb).
 
-1. **Count LLaMA-7B's** (easy, 10 minutes). It has 32 layers of hidden size 4,096 and inner size 11,008: four square matrices for attention,
+1. **Count LLaMA-7B's** (easy, 10 minutes). It has 32 blocks of hidden size 4,096 and inner size 11,008: four square matrices for attention,
    three for the MLP, and 6,738,415,616 numbers in all. How many numbers has an adapter of rank 8 beside all of these matrices? How many MB
    in 16 bits?
 2. **The other start** (medium, 20 minutes). Start A at zero and B at random, between ±1/√in. Is the model unchanged? Let `fit` return its
    loss, and compare both starts at eight rates from 0.0001 to 0.3, with five seeds each.
 3. **The gradient's spectrum** (medium, 30 minutes). Write `share_held(matrix, k)`: the part of a matrix's squared length that its first k
-   singular values hold. `check_share_held(share_held)` from `tuning.checks` tests it. Take the gradient of the loss on 64 facts for one
-   query matrix of a fresh model, its sign, and what eight steps of Adam change. What holds most in few values, and what does that say about
-   the long tail of a full change?
-4. **Weight decay** (medium, 20 minutes). AdamW shrinks a weight by rate times decay in each step. A scale of s at rate η and decay λ is a
-   scale of 1 at rate √s η and which decay? Write `without_scale(A, B, scale, lr, decay)`, which returns the twin's four;
-   `check_without_scale(without_scale)` tests it.
+   singular values hold. `check_share_held(share_held)` from `tuning.checks` tests it. Take one query matrix of a fresh model, and the loss
+   on 64 facts. Compare three matrices: its gradient, the sign of its gradient, and what eight steps of Adam change in it. Which of them do
+   few values hold, and which have a long tail? Where does the tail of a full change come from?
+4. **Weight decay** (medium, 20 minutes). AdamW shrinks a weight by rate times decay in each step. So the run with scale s, rate η and
+   decay λ equals one without a scale, at rate √s η and which decay? Write `without_scale(A, B, scale, lr, decay)`, which returns that run's A, B, rate and
+   decay; `check_without_scale(without_scale)` tests it.
 5. **One product, many factors** (hard, 30 minutes). $BM$ and $M^{-1}A$ have one product for every invertible M. Write `balanced(A, B)`, whose factors
    have $AA^\top = B^\top B$, without making the large product. `check_balanced(balanced)` tests it.
 
@@ -579,33 +582,29 @@ Each has a [solution](solutions/6-lora.ipynb).
 - B starts at zero, so that nothing changes at first; if both did, nothing would ever move.
 - The change of full fine-tuning is not of low rank. A change of low rank is enough all the same, until there is more to store
   than it has room for.
-- For Adam, α is a rate and the size of A's start.
+- The rate moves the output and turns A. α moves the output alone.
 - Small is not harmless. But it comes off.
 
 ## Notes
 
-1. Which of the two is zero does matter at large rates. Hayou et al. (2024) find that with B at zero larger rates can be used,
-   and that they do better.
-2. That few directions can be enough was seen before LoRA. Aghajanyan et al. (2021) tuned RoBERTa along 200 random directions
-   and reached nine tenths of full fine-tuning's score on one task. Enough is not the same, though. Shuttleworth et al. (2024)
-   find that LoRA's matrices get new large directions, unlike any in the pretrained model, and that those go along with
-   forgetting.
-3. Zhang et al. (2026) report gains from a large α that no rate brings, and put them down to what is said here in one line: α
-   also sets how large the start is beside the steps.
-4. Counted and checked against peft in [laboratory 11](../4-lomo/lab/11-where-the-memory-goes.ipynb). Activation checkpointing
-   makes the difference small: one layer at a time keeps all this.
+1. Hayou et al. (2024) find that with B at zero larger rates can be used, and that they do better.
+2. That few directions can be enough was seen before LoRA. Aghajanyan et al. (2021) trained RoBERTa along 200 random directions only, and
+   reached nine tenths of full fine-tuning's score on one task. Trained, random directions can do that; ours were only cut out of a finished
+   change. Enough is not the same, though. Shuttleworth et al. (2024) find that LoRA's matrices get new large directions, unlike any in the
+   pretrained model, and that those go along with forgetting.
+3. Zhang et al. (2026) report gains from a large α that no rate brings. They, too, find that α makes the task's signal larger and does not let A drift
+   more.
+4. The numbers are those of float32 adapters, bit for bit; a test compares. In peft `autocast_adapter_dtype=False` makes adapters of 16 bits, which need
+   no copy. With activation checkpointing the difference is small, since one layer at a time keeps all this.
+   [Laboratory 11](../4-lomo/lab/11-where-the-memory-goes.ipynb) counts with peft.
 
 **Sources.** [Hu et al. 2021](https://arxiv.org/abs/2106.09685) (LoRA);
 [Hayou et al. 2024](https://arxiv.org/abs/2406.08447) (which factor starts at zero);
 [Zhang et al. 2026](https://arxiv.org/abs/2606.12883) (what α does);
-[Biderman et al. 2024](https://arxiv.org/abs/2405.09673) (the rank of full fine-tuning's change);
+[Biderman et al. 2024](https://arxiv.org/abs/2405.09673) (learns less, forgets less; the rank of full fine-tuning's change);
+[Schulman et al. 2025](https://thinkingmachines.ai/blog/lora/) (LoRA without regret);
 [Aghajanyan et al. 2021](https://arxiv.org/abs/2012.13255) (intrinsic dimension);
 [Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228) (directions that LoRA adds).
 """)
 if __name__ == "__main__":
-    nbformat.write(
-        new_notebook(
-            cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        ),
-        sys.argv[1],
-    )
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}), sys.argv[1])
