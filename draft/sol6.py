@@ -62,7 +62,8 @@ class WithLoRA(nn.Module):
         self.scale = alpha / rank
         self.A = nn.Parameter(torch.empty(rank, base.in_features))
         self.B = nn.Parameter(torch.zeros(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        bound = base.in_features**-0.5
+        nn.init.uniform_(self.A, -bound, bound)
 
     def forward(self, x):
         return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
@@ -196,7 +197,7 @@ and later ones divide by the size of past gradients, number by number. So a chan
 
 ## Exercise 4. Weight decay
 
-**The decay of the twin is $\lambda/\sqrt s$.** AdamW shrinks a weight by $\eta\lambda$ of itself in each step. The twin's rate is $\sqrt s\,\eta$, and
+**The decay without a scale is $\lambda/\sqrt s$.** AdamW shrinks a weight by $\eta\lambda$ of itself in each step. That must stay, and
 $\sqrt s\,\eta \cdot \lambda/\sqrt s = \eta\lambda$.
 """)
 code(r"""
