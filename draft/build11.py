@@ -65,6 +65,7 @@ from tuning.memory import (
     MODELS,
     LiveBytes,
     Setting,
+    kept_for_backward,
     plan,
     shape_of,
 )
@@ -547,50 +548,11 @@ stand there three times in 32 bits, and no gradient of a weight is there yet [[n
 
 ## The plan: at which moment?
 
-A simulation takes a quarter of a minute. Arithmetic takes none, and it says why. First: what does a layer keep of each token? For
-LLaMA-7B the hidden size is 4,096, the MLP's inner size 11,008, and queries, keys and values are 4,096 wide.
-
-| what | bytes a token | why |
-| --- | --- | --- |
-| two norms | 8 × hidden | they compute in 32 bits, and keep their inputs in 32 bits |
-| attention | 2 × (2 queries + keys + values), 4 a head | with its output, as wide as the queries |
-| MLP | 6 × inner | the gate, its SiLU, the other branch |
-| what is trained | 8 × hidden + 2 × inner | inputs of the linear layers, results of the norms |
+A simulation takes a quarter of a minute. Arithmetic takes none, and it says why. First: what does a layer keep of each token? Inputs of
+its linear layers and norms, queries, keys and values, and the parts of its MLP. [Laboratory 11](lab/11-where-the-memory-goes.ipynb) counts them one
+by one, and `kept_for_backward` adds them up:
 """)
 code(r"""
-# tuning/memory.py
-def kept_for_backward(setting):
-    shape, width = setting.shape, 4 if setting.method == "QLoRA" else 2
-    queries, keys = shape.linear[0][1], shape.linear[1][1]  # how wide
-    normalized = 2 * shape.hidden + (queries + keys if shape.qk_norms else 0)
-    norms = 4 * normalized  # what goes in, in float32
-    attention = 2 * (queries + 2 * keys) + 2 * queries  # and what comes out
-    attention += 4 * shape.heads  # a sum for each head, of the softmax
-    mlp = width * 3 * shape.inner  # gate, its SiLU, up
-    return norms + attention + mlp + kept_to_train(setting, normalized)
-""")
-code(
-    r"""
-# @title Library: what a layer keeps for what is trained in it
-# tuning/memory.py
-def kept_to_train(setting, normalized):
-    shape = setting.shape
-    shared = 2 * (2 * shape.hidden + shape.inner)  # norms' results; down's
-    inner = 7 * setting.rank  # what the adapters' first matrices give
-    if setting.method == "P-tuning":
-        return 0
-    if setting.full:
-        return shared + 2 * normalized  # each norm's result, before its weight
-    if setting.adapters in ("float32", "bfloat16") and not setting.autocast:
-        return shared + (4 if setting.adapters == "float32" else 2) * inner
-    own = sum(rows for rows, _ in shape.linear)  # each adapter copies its input
-    return (2 if setting.autocast else 4) * (own + inner)
-""",
-    "hide-input",
-)
-code(r"""
-from tuning.memory import kept_for_backward
-
 full = Setting("AdamW", MODELS["7B"], batch=8, length=512, checkpointing=False)
 token = kept_for_backward(full)
 layers = 32 * full.tokens * token / GiB

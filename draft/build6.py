@@ -494,8 +494,8 @@ table.round().astype(int)
 """, "hide-input")
 md(r"""
 Gradients and Adam's two averages nearly vanish. The frozen weights do not; part 3 of this book is about those. Nor do the **activations**, what
-forward keeps for backward: the gradient still has to travel down through every frozen layer. In 16 bits LoRA may even keep more. Bytes that one layer of LLaMA-7B
-keeps of each token, by the count that [chapter 11](../4-lomo/11-where-the-memory-goes.ipynb) derives:
+forward keeps for backward: the gradient still has to travel down through every frozen layer. In 16 bits LoRA may even keep more. Bytes that one block of LLaMA-7B
+keeps of each token, as [laboratory 11](../4-lomo/lab/11-where-the-memory-goes.ipynb) counts them:
 """)
 code(r"""
 full = kept_for_backward(Setting("AdamW", MODELS["7B"], 1, 512))

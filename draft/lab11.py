@@ -18,7 +18,7 @@ def code(text, *tags):
 md(r"""
 # Laboratory 11: where the memory goes
 
-*What does `foreach` take, what do adapters keep, and how did the LOMO paper measure?*
+*What does `foreach` take, what do layers and adapters keep, and how did the LOMO paper measure?*
 
 These are the controls and counts behind [chapter 11](../11-where-the-memory-goes.ipynb). Take what interests you; the sections
 stand alone.
@@ -46,7 +46,7 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tuning.experiments.record import load_results, provenance_line
 from tuning.lora import add_lora
-from tuning.memory import MODELS, LiveBytes, Setting, Shape, kept_for_backward, plan
+from tuning.memory import MODELS, LiveBytes, Setting, Shape, plan
 from tuning.simulate import untrained
 
 GiB = 2**30
@@ -85,6 +85,58 @@ md(r"""
 `foreach` takes as much again as the weights. For 7B in 16 bits that is 12.5 GiB, at the moment when all gradients are there.
 So on a card that is nearly full, say `fused=True`.
 
+## What a layer keeps of each token
+
+The plan needs it, and it can be counted by hand. For
+LLaMA-7B the hidden size is 4,096, the MLP's inner size 11,008, and queries, keys and values are 4,096 wide.
+
+| what | bytes a token | why |
+| --- | --- | --- |
+| two norms | 8 × hidden | they compute in 32 bits, and keep their inputs in 32 bits |
+| attention | 2 × (2 queries + keys + values), 4 a head | with its output, as wide as the queries |
+| MLP | 6 × inner | the gate, its SiLU, the other branch |
+| what is trained | 8 × hidden + 2 × inner | inputs of the linear layers, results of the norms |
+""")
+code(r"""
+# tuning/memory.py
+def kept_for_backward(setting):
+    shape, width = setting.shape, 4 if setting.method == "QLoRA" else 2
+    queries, keys = shape.linear[0][1], shape.linear[1][1]  # how wide
+    normalized = 2 * shape.hidden + (queries + keys if shape.qk_norms else 0)
+    norms = 4 * normalized  # what goes in, in float32
+    attention = 2 * (queries + 2 * keys) + 2 * queries  # and what comes out
+    attention += 4 * shape.heads  # a sum for each head, of the softmax
+    mlp = width * 3 * shape.inner  # gate, its SiLU, up
+    return norms + attention + mlp + kept_to_train(setting, normalized)
+""")
+code(
+    r"""
+# @title Library: what a layer keeps for what is trained in it
+# tuning/memory.py
+def kept_to_train(setting, normalized):
+    shape = setting.shape
+    shared = 2 * (2 * shape.hidden + shape.inner)  # norms' results; down's
+    inner = 7 * setting.rank  # what the adapters' first matrices give
+    if setting.method == "P-tuning":
+        return 0
+    if setting.full:
+        return shared + 2 * normalized  # each norm's result, before its weight
+    if setting.adapters in ("float32", "bfloat16") and not setting.autocast:
+        return shared + (4 if setting.adapters == "float32" else 2) * inner
+    own = sum(rows for rows, _ in shape.linear)  # each adapter copies its input
+    return (2 if setting.autocast else 4) * (own + inner)
+""",
+    "hide-input",
+)
+code(r"""
+from tuning.memory import kept_for_backward
+
+full = Setting("AdamW", MODELS["7B"], batch=8, length=512)
+parts = [8 * 4096, 2 * 4 * 4096 + 4 * 32, 6 * 11008, 8 * 4096 + 2 * 11008]
+assert sum(parts) == kept_for_backward(full)
+print(f"{parts}, together {sum(parts):,} bytes a token")
+""")
+md(r"""
 ## What an adapter keeps
 
 Full fine-tuning keeps the input of each linear layer, in 16 bits. A frozen layer needs none. But an adapter does. peft's
