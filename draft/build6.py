@@ -60,7 +60,7 @@ from tuning.experiments.record import load_results
 from tuning.lora import WideProduct
 from tuning.memory import MODELS, Setting, kept_for_backward
 from tuning.models import load_lm
-from tuning.p_tuning import prompt_logits
+from tuning.p_tuning import answer_loss, prompt_logits
 from tuning.plots import COLORS, figure
 from tuning.yours import yours
 
@@ -141,7 +141,7 @@ print(f"{len(adapters) // 2} adapters, {trained:,} numbers")
 """)
 md(r"""
 Now we ask, train for sixty steps, and ask again. `prompt_logits` gives the scores of the next word after each prompt, and
-the loss is the country's. In the ledger's sweep the rate 0.001 was best for LoRA, and a tenth of it for all weights.
+`answer_loss` is the loss of the country there. In the ledger's sweep the rate 0.001 was best for LoRA, and a tenth of it for all weights.
 """)
 code(r"""
 ASK = "The city of [X] is in the country of [Y]."
@@ -149,8 +149,7 @@ rows = facts["test"][::5]  # cities that are not trained on
 
 
 def answers():
-    with torch.no_grad():
-        logits = prompt_logits(model, tokenizer, ASK, rows)  # (cities, vocab)
+    logits = prompt_logits(model, tokenizer, ASK, rows)  # (cities, vocab)
     return logits.argmax(dim=1).tolist()
 
 
@@ -159,9 +158,8 @@ optimizer = torch.optim.AdamW(adapters, lr=1e-3, weight_decay=0, fused=True)
 random.seed(0)
 for step in range(60):
     batch = random.sample(facts["train"], 16)
-    logits = prompt_logits(model, tokenizer, ASK, batch)  # (16, vocab)
-    countries = torch.tensor([country for _, country in batch])
-    F.cross_entropy(logits, countries.to(logits.device)).backward()
+    loss = answer_loss(model, tokenizer, ASK, batch)
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 after = answers()

@@ -439,13 +439,13 @@ def moments(setting):
     return {  # logits in 16 bits, in 32, and their log-softmax
         "end of forward": (0, kept + casts + 10 * logits, 0),
         "start of backward": (0, kept + activations, temporary),
-        **inside_layers(setting),
+        **inside_blocks(setting),
         "update": (gradients, at_update, update),
     }
 
 
-def inside_layers(setting):
-    """Two more moments: the last layer's MLP in backward, and the first's.
+def inside_blocks(setting):
+    """Two more moments: the last block's MLP in backward, and the first's.
 
     With checkpointing there are all layers' inputs, or the first's, and one
     layer is made again. Without, all layers are there, or the first.
@@ -456,8 +456,8 @@ def inside_layers(setting):
         last, first = setting.shape.layers * stream + layer, stream + layer
     made, gradients = made_by_layer(setting), gradients_there(setting)
     return {
-        "last layer": (gradients[0], last, made),
-        "first layer": (gradients[1], first, made),
+        "last block": (gradients[0], last, made),
+        "first block": (gradients[1], first, made),
     }
 
 
@@ -481,10 +481,10 @@ def made_by_layer(setting):
 
 
 def gradients_there(setting):
-    """Bytes of gradients while the last layer is in backward, and the first."""
+    """Bytes of gradients while the last block is in backward, and the first."""
     shape, gradients = setting.shape, held_all_along(setting)[2]
     if setting.method == "P-tuning":
-        return 0, 0  # the encoder's come after the model's first layer
+        return 0, 0  # the encoder's come after the model's first block
     if not setting.full:
         return 0, gradients * (shape.layers - 1) // shape.layers
     if setting.fused:  # a tied head's waits for the embedding's
