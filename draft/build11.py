@@ -266,7 +266,7 @@ code(
     r"""
 # @title Plot: live bytes through a training step
 fig, axes = figure(
-    f"The peak of {sum(peak.values()):.1f} GiB is reached twice, for a moment",
+    f"The peak, {sum(peak.values()):.1f} GiB, is where backward meets the update",
     "operation of the step",
     "live, GiB",
 )
@@ -296,9 +296,12 @@ tops = {
         range(begins["update"], len(sums)), key=sums.__getitem__
     ),
 }
-for place in tops.values():
-    axes.vlines(place, sums[place - 40], sums[place], color=COLORS[5])
-    axes.plot(place, sums[place], "o", color="black", ms=5)
+place = tops["in backward"]
+axes.vlines(place, sums[place - 40], top, color=COLORS[5])
+axes.plot(place, top, "o", color="black", ms=5)
+axes.text(
+    place - 120, top, "peak, for a moment", ha="right", va="center", fontsize=10
+)
 axes.set(xlim=(0, len(live.timeline)), ylim=(0, 1.12 * top))
 fig.legend(loc="outside lower center", ncols=3)
 plt.show()
@@ -306,8 +309,8 @@ plt.show()
     "hide-input",
     "nbval-ignore-output",
     alt="Live bytes over the operations of a step, stacked: parameters and optimizer states are level bands, activations "
-    "rise until backward begins and fall in it, gradients take their place. Two spikes reach the peak: one at the end "
-    "of backward, one in the update.",
+    "rise until backward begins and fall in it, gradients take their place. A spike where backward ends and the "
+    "update begins is the peak.",
 )
 code(
     r"""
@@ -326,9 +329,9 @@ md(r"""
 Read it from below. Parameters and states never move. Activations rise through forward. In backward they go, block by
 block, and gradients take their place.
 
-Two dots mark the peak, each there for a moment only. In the update all gradients are there, and AdamW makes two temporary copies of one weight after the
-other; the largest weight is the table of tokens, 0.11 GiB. At the end of backward the same table is three times there. This model uses it at
-both ends, so its gradient comes in two parts, and their sum is a third.
+The dot is the peak, and it lasts for a moment. At the end of backward the largest weight, the table of tokens, has three tensors of 0.11 GiB: this
+model uses it at both ends, so its gradient comes in two parts, and their sum is a third. Then the update begins with the same table. AdamW makes
+two temporary copies of it, beside all gradients. Both moments hold 2.22 GiB.
 
 So nearly all of this step is a multiple of the number of parameters. That is the first thing to ask of a recipe: **how
 many bytes a parameter?**
@@ -354,7 +357,8 @@ code(
 # @title Table: bytes a parameter, by recipe
 numbers = 6.738e9
 part = 4 * 20e6 / numbers  # rank 8 has 20 million numbers
-few = plan(Setting("QLoRA", MODELS["7B"], 1, 1))["parameters"] / numbers
+few = plan(Setting("QLoRA", MODELS["7B"], 1, 1, rank=8))
+few = few["parameters"] / numbers
 recipes = {  # weight, gradient, master weight, averages
     "AdamW, float32": (4, 4, 0, 8),
     "AdamW, mixed precision": (2, 2, 4, 8),
@@ -737,7 +741,7 @@ shape = MODELS["Llama-3.2-1B"]
 if MINE:
     shape = shape_of(AutoConfig.from_pretrained(MINE))
 for method in METHODS:
-    peak = sum(plan(Setting(method, shape, 1, 2048)).values()) / GiB
+    peak = sum(plan(Setting(method, shape, 1, 2048, rank=8)).values()) / GiB
     print(f"{method:14} {peak:6.1f} GiB")
 """)
 md(r"""
