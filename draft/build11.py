@@ -128,18 +128,18 @@ planner(
     "result",
 )
 md(r"""
-Each bar is one training step, at the moment when it holds most; the parts get their names below. A line is a card, in GB. A diamond was measured
-on a GPU. Take LLaMA-7B with 8 sequences of 512 tokens. AdamW holds 101 GiB: eight times the file, and more than any single card of the chart. That
-was your failed step. LOMO trains the same weights with 15. It updates each weight as soon as its gradient comes, and throws the gradient away;
-the next chapter builds it.
+Each bar is one training step, at the moment when it holds most; the parts get their names below. A line is a card. A diamond was measured on a GPU. Take
+LLaMA-7B with 8 sequences of 512 tokens. The second bar was your failed step: torch's AdamW on a model in 16 bits holds 50.6 GiB. The first bar is AdamW
+done with care: it keeps a copy of every weight in 32 bits, and holds 101. So does SGD, and that is its orange part. LOMO trains the same weights with
+15. It updates each weight as soon as its gradient comes, and throws the gradient away; the next chapter builds it.
 
 So on your card of 24 GB you can train by LOMO, AdaLomo, LoRA, QLoRA or P-tuning. Leave an eighth of the card free, for gaps and for CUDA
-itself. The units: GiB are $2^{30}$ bytes. A file's GB are $10^9$, so 13.5 GB are 12.6 GiB. A card's GB are GiB, less what it keeps for itself.
+itself. The units: a GiB is $2^{30}$ bytes. A file's GB is $10^9$ bytes, so its 13.5 GB are 12.6 GiB. A card of 24 GB has 24 GiB, or a little less.
 
 The bars are arithmetic on the model's shape. In this chapter you find out what they count, watch a real step do it, and
 see both agree.
 
-*You need [chapter 1](../1-prompts/1-two-ways.ipynb)'s loop. A minute and 3.4 GB on two cores; 40 minutes of reading.*
+*You need [chapter 1](../1-prompts/1-two-ways.ipynb)'s loop. It runs in a minute and takes 3.4 GB on two cores; 60 minutes of reading.*
 """)
 md(r"""
 ## One layer, by hand
@@ -172,7 +172,7 @@ five times its weights.
 
 Is it so? torch can be asked. A **dispatch mode** sees every operation and its results. A tensor's numbers lie in a
 **storage**, which views share. So count each storage once, when it appears, and take it off when it goes.
-`tree_leaves` finds the tensors in whatever an operation gave back:
+`tree_leaves` finds the tensors in whatever an operation gave back, and `weakref.finalize` calls a function when an object dies:
 """)
 code(r"""
 class Watcher(TorchDispatchMode):
@@ -209,17 +209,17 @@ with Watcher() as watcher:
 md(r"""
 The gradient's 15.26 MiB are as by hand. Of the activations y is 0.98; x, the other 0.24, was made before anyone watched.
 
-`weakref.finalize` calls a function when its object dies, and torch hands out one and the same object as long as a storage lives. That is why the
-mark works.
+The mark works because torch hands out one and the same Python object as long as a storage lives.
 
-The library's `LiveBytes` is this watcher with five accounts, four for our kinds and one for what is **temporary**. It sorts by three rules
+The library's `LiveBytes` is this watcher with five accounts, four for our kinds and one for what is **temporary**. It sorts by two rules
 [[note 1]](#notes):
 
-- Results of forward are activations.
-- Results of backward and of the optimizer are temporary.
+- What an operation makes while gradients are recorded is an activation: so in forward. Anything else is temporary: so in backward, in the optimizer,
+  and under `no_grad`.
 - When a weight gets its gradient, or an optimizer its state, that tensor moves to its own account.
 
-It keeps `timeline`, the accounts after each operation, and `peak`, those of the moment when their sum is largest.
+`live` is what the accounts hold now, `timeline` what they held after each operation, `peak` what they held when their sum was largest, and `largest` the most of
+each.
 
 Now a real step: SmolLM2, four rows of 64 tokens, AdamW. The first step makes the optimizer's states, so we watch the
 second.
@@ -329,9 +329,10 @@ md(r"""
 Read it from below. Parameters and states never move. Activations rise through forward. In backward they go, block by
 block, and gradients take their place.
 
-The dot is the peak, and it lasts for a moment. At the end of backward the largest weight, the table of tokens, has three tensors of 0.11 GiB: this
-model uses it at both ends, so its gradient comes in two parts, and their sum is a third. Then the update begins with the same table. AdamW makes
-two temporary copies of it, beside all gradients. Both moments hold 2.22 GiB.
+The dot is the peak, and it lasts for a moment. The largest weight is the table of tokens, 0.11 GiB. This model uses it at both ends, so its gradient
+comes in two parts. The first is there since backward began: that is the grey band. At the end of backward the second comes, and a new tensor for
+their sum. Then the update begins with the same table, beside all gradients, and AdamW needs two temporary tensors of its size on the way to the step. Both
+moments hold 2.22 GiB.
 
 So nearly all of this step is a multiple of the number of parameters. That is the first thing to ask of a recipe: **how
 many bytes a parameter?**
@@ -373,24 +374,25 @@ names = ["weight", "gradient", "master", "averages"]
 table = pd.DataFrame(recipes, index=names).T
 table.insert(0, "bytes", table.sum(axis=1))
 table.insert(1, "7B, GiB", (table["bytes"] * numbers / GiB).round(1))
-table.round(2)
+table.map(lambda size: f"{size:.3f}".rstrip("0").rstrip("."))
 """,
     "hide-input",
 )
 md(r"""
-The master weights stand among the optimizer's states in the chart: that is SGD's orange bar. QLoRA's embedding and head keep 32 bits, so it takes
-more than half a byte.
+In the chart the master weights stand among the optimizer's states. QLoRA takes more than half a byte, since peft's preparation for it keeps embedding and
+head in 32 bits.
 
 Mixed precision saves AdamW nothing here: sixteen bytes, as in float32. What it saves is time, and a good part of the activations.
 
 Whose AdamW is yours?
 
 - With master weights, as in the LOMO paper and here, it takes **16 bytes**.
-- torch's **autocast**, which trainers switch on by `bf16=True`, takes 16 too: weights and gradients stay in 32 bits. In a step come 16-bit copies of the
-  weights.
-- `torch.optim.AdamW` on a model in 16 bits takes **8**. Its averages have 16 bits, and small updates are lost. LOMO in 16 bits loses them too; chapter
-  12 comes back to it.
-- On a GPU torch updates all weights at once, with temporary copies of all: 12.5 GiB more at 7B in 16 bits. `fused=True` makes none.
+- torch's **autocast**, which trainers switch on by `bf16=True`, takes 16 too, if the model was loaded in 32 bits: weights and gradients stay so, and in a step come
+  16-bit copies of the weights.
+- `torch.optim.AdamW` on a model that was loaded in 16 bits takes **8**, with autocast or without. Its averages have 16 bits, and small updates are lost. So look
+  at `model.dtype` before you train. LOMO in 16 bits loses updates too; chapter 12 comes back to it.
+- On a GPU torch updates all weights at once, with temporary copies of all: 12.6 GiB more at 7B in 16 bits. `fused=True` makes none, and the chart counts it
+  so.
 """)
 md(r"""
 ## Keep less: checkpointing
@@ -463,7 +465,7 @@ md(r"""
 A block makes 2, 2 and 0.5 MiB; eight blocks make 36. With checkpointing only the results of 0.5 are kept, 4 MiB. And the gradients are the same [[note 2]](#notes). The price is a second forward. A step is
 about three forwards of work, one for forward and two for backward, so three become four at most.
 
-On the real model:
+On the real model, `checkpoint_activations` calls torch's checkpointing for every block:
 """)
 code(
     r"""
@@ -527,7 +529,7 @@ with torch.no_grad():
     "nbval-ignore-output",
 )
 md(r"""
-Now the most is the blocks' inputs, 17 MiB, and the logits of 64 tokens with their softmax, 12 each. The larger the vocabulary, the more this
+With blocks and logits made again, the largest moment has the blocks' inputs, 17 MiB, and the logits of 64 tokens with their softmax, 12 MiB each. The larger the vocabulary, the more this
 matters: Llama 3 has 128,256 tokens in it.
 
 ## A model that fits no machine of yours
@@ -564,30 +566,39 @@ print("as in the chart above, to 1 %")
     "hide-cell",
 )
 md(r"""
-The LOMO paper has 14.58 GiB for this step, and 102.2 for AdamW's, where ours holds 101.4. [Note 3](#notes) tells what its authors measured.
+The LOMO paper has 14.58 GiB for this step and 102.2 for AdamW's, both within 4 % of ours. [Note 3](#notes) tells what its authors measured.
 
 ## The plan: at which moment?
 
-A simulation takes a quarter of a minute. Arithmetic takes none, and it says why. First: what does a block keep of each token? Inputs of
-its linear layers and norms, queries, keys and values, and the parts of its MLP. [Laboratory 11](lab/11-where-the-memory-goes.ipynb) counts them one
-by one, and `kept_for_backward` adds them up:
+A simulation takes a quarter of a minute. Arithmetic takes none, and it says why. First: what does a block keep of each token, if nothing is made again?
 """)
 code(r"""
-full = Setting("AdamW", MODELS["7B"], batch=8, length=512, checkpointing=False)
-token = kept_for_backward(full)
-blocks_ = 32 * full.tokens * token / GiB
-print(f"{token:,} bytes a token and block; all kept {blocks_:.1f} GiB")
+hidden, inner, heads = 4096, 11_008, 32  # LLaMA-7B; 2 bytes a number
+keeps = {
+    "the norms' inputs, in 32 bits": 2 * 4 * hidden,
+    "their results, before their weights": 2 * 2 * hidden,
+    "queries, keys, values; attention's output": 4 * 2 * hidden,
+    "its softmax's sums, in 32 bits": 4 * heads,
+    "what these three read, what the MLP reads": 2 * 2 * hidden,
+    "the MLP's gate, its SiLU, up, their product": 4 * 2 * inner,
+}
+setting = Setting("AdamW", MODELS["7B"], 8, 512, checkpointing=False)
+assert sum(keeps.values()) == kept_for_backward(setting)
+print(f"{sum(keeps.values()):,} bytes a token and block")
 """)
 md(r"""
-With checkpointing a block keeps its input only, 2 × hidden bytes a token: 1.00 GiB for all 32. The last norm keeps 0.12. Together 1.12 GiB of inputs wait. The
-step has 131 million logits. Then there are five moments at which a step may hold most:
+For 32 blocks and 4,096 tokens that is 22.8 GiB. With checkpointing a block keeps its input only, 2 × hidden bytes a token, 1.00 GiB for all 32. The last norm keeps 0.12.
+So inputs of 1.12 GiB wait. There are 131 million logits. Then there are five moments at which a step may hold most:
 
-1. **End of forward.** The inputs, and 10 bytes a logit: 2 as they come, 4 in 32 bits, 4 for their log-softmax. That is 1.22 GiB.
-2. **Start of backward.** The inputs, and 12 bytes a logit: the log-softmax, its gradient and the logits' gradient, 4 each. That is 1.46 GiB.
-3. **Last block.** The logits are gone. The block is made again, 0.71 GiB, and backward's own results come and go.
-4. **First block.** The inputs are gone. If the method keeps gradients, those of all other blocks are there.
-5. **Update.** If the method keeps gradients, all are there, 12.55 GiB. One weight at a time is copied twice in 32 bits: 0.98 GiB for the largest. LOMO updates
-   the head first, while the inputs still wait.
+1. **End of forward: 2.35.** The inputs, and 10 bytes a logit: 2 as they come, 4 in 32 bits, 4 for their log-softmax. 1.12 + 1.22.
+2. **Start of backward: 2.59.** The inputs, and 12 bytes a logit: the log-softmax, its gradient and the logits' gradient, 4 each. 1.12 + 1.46.
+3. **Last block: 2.1 to 2.2.** The logits are gone. The blocks' inputs, 1.00, and this block made again, 0.71. What backward makes there comes and goes. A method that keeps
+   gradients has two large ones.
+4. **First block: 0.7 and more.** One block made again. A method that keeps gradients has those of all other blocks, 12.01.
+5. **Update.** A method that keeps gradients has them all, 12.55. One weight at a time needs two tensors in 32 bits: 0.98 for the largest, the head. LOMO updates the head
+   first, while the inputs still wait: 1.12 + 0.98.
+
+The head has as many numbers as there are logits here, 131 million, since 8 × 512 tokens happen to be the hidden size. So do not take one 0.98 for the other:
 """)
 code(
     r"""
@@ -640,7 +651,7 @@ def plan(setting):
 code(r"""
 from tuning.memory import moments, plan
 
-adamw = Setting("AdamW", MODELS["7B"], batch=8, length=512)
+adamw = Setting("AdamW", MODELS["7B"], 8, 512, checkpointing=True)
 kinds = ("gradients", "activations", "temporary")
 for setting in (adamw, lomo):
     parts = pd.DataFrame(moments(setting), index=kinds).T / GiB
@@ -652,7 +663,8 @@ AdamW's peak is its update. No smaller batch helps there. LOMO's is the start of
 of the simulation.
 
 On a GPU, an NVIDIA H200, four methods were measured at this setting: 101.4 GiB for AdamW, 50.8 for SGD, 15.2 for LOMO and 15.7 for AdaLomo. The plan is within
-1 % of each, and of each simulation of eight methods and seven models [[note 4]](#notes). What torch had *taken* from the card was 5 to 9 % more.
+1 % of each, and of each simulation of eight methods and seven models [[note 4]](#notes). The other bars have not been measured. What torch had *taken* from the card
+was 5 to 9 % more.
 """)
 code(
     r"""
@@ -678,26 +690,27 @@ print("within 1 % of each simulation and of each measurement")
 )
 md(r"""
 One bar of the chart may have surprised you. LoRA of rank 8 trains 0.3 % of the numbers, and holds as much as LOMO, which trains all. Both hold the
-model in 16 bits, and neither holds gradients or states to speak of. On one card only fewer bits bring the model itself below that: QLoRA. P-tuning's states are its
-encoder's, which is large at this width and is thrown away after training.
+model in 16 bits, and neither holds gradients or states to speak of. Only fewer bits bring the model itself below that on the card: QLoRA.
 
 ## At work
 
 - `torch.cuda.max_memory_allocated()` is what tensors held at the peak: our number, and what kernels used inside. `torch.cuda.max_memory_reserved()` is what torch took
-  from the card for them. What your card must have is the second, and half a GiB for CUDA itself.
+  from the card for them. A card with room for that and half a GiB for CUDA itself is safe.
 - `torch.cuda.memory._record_memory_history()` and `_dump_snapshot("step.pickle")` record each allocation with the line of
   code that made it; drop the file on pytorch.org/memory_viz.
 - torch's own `torch.distributed._tools.mem_tracker.MemTracker` counts by category as ours does. Ours has a timeline.
-- Out of memory? Ask at which moment. In forward, at backward's start or in a block, take a smaller batch, checkpointing, or chunked logits. A smaller batch
-  is made up for by accumulation where gradients are kept; LOMO has none to add to. At the update none of these helps: say
-  `fused=True`, take 8-bit states, or a method with fewer bytes.
+- transformers checkpoints by `model.gradient_checkpointing_enable()`.
+- Out of memory? Ask at which moment. In forward or at backward's start, take a smaller batch, checkpointing, or chunked logits. You can make up for a smaller
+  batch by accumulation; then gradients wait through the next forward. LOMO keeps no gradients, so it cannot accumulate. Later in backward, or at the
+  update, none of these helps much: say `fused=True`, take 8-bit states, or a method with fewer bytes.
 - torch keeps free blocks for later, and gaps grow where lengths vary. `PYTORCH_ALLOC_CONF=expandable_segments:True` makes them smaller; before torch 2.9 it was
   `PYTORCH_CUDA_ALLOC_CONF`.
 
 ## Pitfalls
 
-**Keep losses as numbers, and evaluate under `no_grad`.** A loss is a tensor with its graph behind it. `backward` lets go of the graph; an
-evaluation calls none, so a list of losses keeps every batch. A number lets go of it. Under `no_grad` there is none.
+**Keep losses as numbers, and evaluate under `no_grad`.** A loss is a tensor with its graph behind it. `backward` frees that
+graph. But an evaluation never calls `backward`, so each loss in your list keeps the graph of its batch. A number keeps nothing. And under `no_grad` no
+graph is made in the first place.
 """)
 code(r"""
 alive = {}
@@ -732,8 +745,8 @@ the memory.
 
 ## Yours
 
-Give the folder or the hub id of a model of the kind of Llama, Mistral or Qwen. It prints what a step of 2,048 tokens holds, without one
-here for Llama-3.2-1B:
+Give the folder or the hub id of a model of the kind of Llama, Mistral or Qwen. The cell prints what a step of 2,048 tokens holds, by method. As long as `MINE` is
+None, it takes Llama-3.2-1B:
 """)
 code(r"""
 MINE = None  # e.g. "Qwen/Qwen3-8B", or a folder with a config.json
@@ -745,6 +758,8 @@ for method in METHODS:
     print(f"{method:14} {peak:6.1f} GiB")
 """)
 md(r"""
+Here QLoRA saves little. This small model has a large vocabulary, 128,256 tokens, so the logits are most of its step.
+
 ## Exercises
 
 Each has a [solution](solutions/11-where-the-memory-goes.ipynb).
@@ -777,7 +792,8 @@ Each has a [solution](solutions/11-where-the-memory-goes.ipynb).
 ## Notes
 
 1. What checkpointing makes again in backward counts as an activation too, since gradients are recorded there. `LiveBytes` sees what operations return, not what
-   a kernel takes and gives back inside.
+   a kernel takes and gives back inside. It does not disturb what it watches: by torch's profiler, the sum of the table's two gradients is a tensor of its
+   own also when nobody watches ([laboratory 11](lab/11-where-the-memory-goes.ipynb)).
 2. Our lines have gaps that torch's closes. Dropout would draw other numbers the second time, unless the generator's state
    is put back. And the block's input must require a gradient, or autograd never calls backward. Where weights are frozen,
    backward is about one forward of work, so two become three.

@@ -18,7 +18,7 @@ def code(text, *tags):
 md(r"""
 # Laboratory 11: where the memory goes
 
-*What does `foreach` take, what do layers and adapters keep, and how did the LOMO paper measure?*
+*What does `foreach` take, what do blocks and adapters keep, and how did the LOMO paper measure?*
 
 These are the controls and counts behind [chapter 11](../11-where-the-memory-goes.ipynb). Take what interests you; the sections
 stand alone.
@@ -85,7 +85,29 @@ md(r"""
 `foreach` takes as much again as the weights. For 7B in 16 bits that is 12.5 GiB, at the moment when all gradients are there.
 So on a card that is nearly full, say `fused=True`.
 
-## What a layer keeps of each token
+## Does the watcher disturb?
+
+`LiveBytes` is a dispatch mode, and a mode may change what torch does. One case matters for the page's timeline: two gradients of one weight are added,
+and torch can do so in place where nobody else holds the first. torch's profiler tells what happens unwatched:
+""")
+code(r"""
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+table = nn.Parameter(torch.randn(1100, 50))  # a model's first and last layer
+states = nn.functional.embedding(torch.arange(6), table)
+loss = nn.functional.linear(states, table).logsumexp(-1).sum()
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    loss.backward()
+sums = [e for e in seen.events() if e.name.startswith("aten::add")]
+for event in sums:
+    print(f"{event.name}: {event.cpu_memory_usage:,} new bytes")
+assert [event.cpu_memory_usage for event in sums] == [4 * 1100 * 50]
+""")
+md(r"""
+The sum is a new tensor of the table's size, as the watcher has it.
+
+## What a block keeps of each token
 
 The plan needs it, and it can be counted by hand. For
 LLaMA-7B the hidden size is 4,096, the MLP's inner size 11,008, and queries, keys and values are 4,096 wide.
