@@ -129,8 +129,9 @@ planner(
 )
 md(r"""
 Each bar is one training step, at the moment when it holds most; the parts get their names below. A line is a card. A diamond was measured on a GPU. Take
-LLaMA-7B with 8 sequences of 512 tokens. The second bar was your failed step: torch's AdamW on a model in 16 bits holds 50.6 GiB. The first bar is AdamW
-done with care: it keeps a copy of every weight in 32 bits, and holds 101. So does SGD, and that is its orange part. LOMO trains the same weights with
+LLaMA-7B with 8 sequences of 512 tokens. The second bar was your failed step: torch's AdamW on a model in 16 bits holds 50.6 GiB.
+
+The first bar is AdamW done with care: it keeps a copy of every weight in 32 bits, and holds 101. So does SGD, and that is its orange part. LOMO trains the same weights with
 15. It updates each weight as soon as its gradient comes, and throws the gradient away; the next chapter builds it.
 
 So on your card of 24 GB you can train by LOMO, AdaLomo, LoRA, QLoRA or P-tuning. Leave an eighth of the card free, for gaps and for CUDA
@@ -266,7 +267,7 @@ code(
     r"""
 # @title Plot: live bytes through a training step
 fig, axes = figure(
-    f"The peak, {sum(peak.values()):.1f} GiB, is where backward meets the update",
+    f"The peak, {sum(peak.values()):.1f} GiB: backward meets the update",
     "operation of the step",
     "live, GiB",
 )
@@ -357,7 +358,7 @@ code(
     r"""
 # @title Table: bytes a parameter, by recipe
 numbers = 6.738e9
-part = 4 * 20e6 / numbers  # rank 8 has 20 million numbers
+part = round(4 * 20e6 / numbers, 3)  # rank 8 has 20 million numbers
 few = plan(Setting("QLoRA", MODELS["7B"], 1, 1, rank=8))
 few = few["parameters"] / numbers
 recipes = {  # weight, gradient, master weight, averages
@@ -492,7 +493,7 @@ print("less than half with checkpointing")
     "hide-cell",
 )
 md(r"""
-What is left? Not the blocks' inputs: 30 layers × 256 tokens × 576 numbers are 17 MiB. It is the **logits**. 256 tokens
+What is left? Not the blocks' inputs: 30 blocks × 256 tokens × 576 numbers are 17 MiB. It is the **logits**. 256 tokens
 times a vocabulary of 49,152 are 48 MiB, and again for their softmax. So do them in pieces. `recompute` is torch's checkpointing: it makes the logits of a piece, takes their loss, forgets them, and makes them again in
 backward. Labels of −100 do not count.
 """)
