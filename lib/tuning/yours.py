@@ -24,17 +24,17 @@ from .prompts import evaluating, tokens_of
 __all__ = ["yours"]
 
 USUAL = {  # the rates that the ledger's sweeps chose
-    "prompt tuning": 3e-2,
-    "prompt tuning, from the prompt": 3e-2,
-    "P-tuning, BiLSTM": 1e-3,
+    "prompt tuning": 1.0,
+    "prompt tuning, from the prompt": 1e-1,
+    "P-tuning, BiLSTM": 3e-4,
     "P-tuning, MLP": 1e-2,
-    "P-tuning beside the prompt": 1e-3,
+    "P-tuning beside the prompt": 3e-3,
     "P-tuning, from the prompt": 1e-3,
     "all weights": 1e-4,
     "LoRA": 1e-3,
     "QLoRA": 1e-3,
-    "LOMO": 3e-3,
-    "AdaLomo": 3e-4,
+    "LOMO": 1e-2,
+    "AdaLomo": 1e-3,
 }
 PLAIN = "Question: [X]\nAnswer: [Y]."  # for subjects and answers, where the reader gives no template
 TOKENS = 2048  # in a batch, at most
