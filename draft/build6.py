@@ -43,6 +43,7 @@ code(r"""
 # @title Imports, model and data
 import math
 import random
+from collections import Counter
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -92,10 +93,10 @@ would mostly fall into it.
 
 LoRA tells as many countries as training all weights, as far as we can see, and its file is 55 times smaller.
 
-Now the continents. We trained countries alone, and both models now miss continents that they used to name. LoRA
-forgets less: 42 are left, against 4. Biderman et al. (2024) saw this in larger models, on code and mathematics; there LoRA
-also learned less.
-Small does not mean harmless. But read the last row. Take the sheet out, and the model is what it was.
+Now the continents. We trained countries alone, and both models now miss continents that they used to name: LoRA has 42
+right and all weights 4, where always saying *Africa* would have 58. In larger models, too, LoRA forgets less than full
+training, and on code and mathematics it also learns less (Biderman et al., 2024). Small does not mean harmless. But read
+the last row. Take the sheet out, and the model is what it was.
 
 *You need [chapter 1](../1-prompts/1-two-ways.ipynb)'s training loop and
 [chapter 2](../1-prompts/2-prompts-are-code.ipynb)'s templates. About 80 seconds and 4 GB on two cores; 40 minutes of
@@ -530,8 +531,25 @@ for freeze in (True, False):
     print(f"frozen {freeze}: {count:,} numbers are trained")
 """)
 md(r"""
-**Ask what you did not train.** The adapter is added to whatever you ask, not to your task alone. The ledger's second column shows what that may cost. Before you hand an
-adapter on, ask twenty questions from outside its task.
+**Ask what you did not train.** The adapter is added to whatever you ask, not to your task alone. What does our model say for
+continents, with the adapter off and on?
+""")
+code(r"""
+ELSE = "[X] is located in the continent of [Y]."
+countries = facts_with_ids(tokenizer, "P30")["test"]  # (country, continent)
+still = {}
+for how, scale in (("off", 0), ("on", 16 / 8)):
+    for layer in layers:
+        layer.scale = scale
+    ids = prompt_logits(model, tokenizer, ELSE, countries).argmax(dim=1)
+    pairs = zip(ids.tolist(), countries, strict=True)
+    still[how] = sum(one == other for one, (_, other) in pairs)
+    said = Counter(tokenizer.decode(token) for token in ids.tolist())
+    print(f"{how:3} {still[how]} of {len(countries)}: {said.most_common(4)}")
+assert still["on"] < still["off"]
+""", "nbval-ignore-output")
+md(r"""
+FINDING elsewhere. Before you hand an adapter on, ask twenty questions from outside its task.
 
 ## Yours
 
