@@ -155,7 +155,7 @@ def test_the_ledgers_points():
     rows = [row | {"subjects": 1064, "countries": 160} for row in ROWS]
     asked, lora = ledger_points(rows)
     assert asked["choice"] == "asked" and asked["value"] == [307, 279, 335] and asked["up"] == 106
-    assert lora["said"] == ["410 (381 to 438) of 1,064 countries", "46 of 160 continents", "9.8 MB kept a task"]
+    assert lora["said"] == ["410 (381 to 438) of 1,064 cities", "46 continents of 160 countries", "9.8 MB kept a task"]
     assert asked["size"] == pytest.approx((math.log10(41) - 1) / 8) and 0 < asked["size"] < lora["size"] < 1
     assert [point["choice"] for point in ledger_points(rows, chapter=5)] == ["asked"]
     assert compare([asked, lora], "Which?", "Two points.", "countries", "continents").still().startswith("<svg")

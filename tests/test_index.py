@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 import yaml
 from notebook_rules import ROOT, read
-from tuning.data import TEMPLATES
+from tuning.data import TEMPLATES, load_facts
 from tuning.evaluate import in_bytes
 from tuning.experiments.record import load_results
 from tuning.memory import MODELS, Setting, plan
@@ -16,7 +16,7 @@ ROWS = {row["method"]: row for row in load_results("ledger")["results"]["rows"]}
 METHODS = {  # how a row of the first table begins -> its row of the ledger
     "Ask well": "asked",
     "Ask with examples": "asked with examples",
-    "P-tuning": "P-tuning, from the prompt",
+    "P-tuning, from the prompt": "P-tuning, from the prompt",
     "LoRA, rank 8": "LoRA",
     "LoRA, taken off": "asked",
     "All weights": "all weights",
@@ -41,6 +41,9 @@ def test_what_the_index_says_of_the_ledger():
     asked = f"{ROWS['asked']['right'][0]:.0f}"
     assert f"gets {asked} of 1,064 cities right. Tuned by LoRA it gets {mean(lora):.0f}" in text
     assert f"LoRA's runs gave {min(lora)} to {max(lora)} and those of all weights {min(full)} to {max(full)}" in text
+    assert f"a random start, which tells {ROWS['P-tuning, BiLSTM']['right'][0]:.0f}." in text
+    africa = [fact for split in load_facts("P30").values() for fact in split if fact["obj_label"] == "Africa"]
+    assert f"Always saying *Africa* would get {len(africa)}." in text
     ratio = ROWS["all weights"]["kept_bytes"] / ROWS["LoRA"]["kept_bytes"]
     assert f"{ratio:.0f} times smaller" in text
     assert TEMPLATES["P17"][7].replace("[X]", "Osaka").replace("[Y].", "…") in text

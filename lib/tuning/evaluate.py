@@ -304,8 +304,8 @@ def ledger_points(rows, chapter=None):
             continue
         size = (math.log10(max(row["kept_bytes"], 10)) - 1) / 8
         said = [
-            f"{counts(row, 'right')} of {row['subjects']:,} countries",
-            f"{COLUMNS['continents'](row)} of {row['countries']} continents",
+            f"{counts(row, 'right')} of {row['subjects']:,} cities",
+            f"{COLUMNS['continents'](row)} continents of {row['countries']} countries",
             f"{COLUMNS['kept a task'](row)} kept a task",
         ]
         point = {"choice": row["method"], "value": row["right"], "up": row["continents"], "size": min(size, 1.0)}
