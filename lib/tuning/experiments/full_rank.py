@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from ..lora import add_lora, unload
 from ..models import load_lm
@@ -27,6 +28,24 @@ WORDS, LENGTH = 64, 3
 BATCH, BLOCK, BLOCKS = 512, 200, 12  # steps between two looks at the bits, and how many looks at most
 SWEPT = 3  # looks of a training in the sweep
 ENOUGH = 1.02
+
+
+def last_position(layer, states, cos, sin):
+    """A Llama layer's output at the last position alone, (n, hidden), from the states of all, (n, length, hidden).
+
+    Only keys and values need the other positions, so this is 2.5 times as fast as the whole layer for three of them.
+    """
+    attention, inputs = layer.self_attn, layer.input_layernorm(states)
+
+    def heads(found):
+        return found.view(*found.shape[:2], -1, attention.head_dim).transpose(1, 2)  # (n, heads, positions, head_dim)
+
+    q, k = heads(attention.q_proj(inputs[:, -1:])), heads(attention.k_proj(inputs))
+    q, _ = apply_rotary_pos_emb(q, q, cos[:, -1:], sin[:, -1:])
+    k, _ = apply_rotary_pos_emb(k, k, cos, sin)
+    mixed = F.scaled_dot_product_attention(q, k, heads(attention.v_proj(inputs)), enable_gqa=True)
+    found = states[:, -1] + attention.o_proj(mixed.flatten(1))
+    return found + layer.mlp(layer.post_attention_layernorm(found))
 
 
 class LastLayer:
@@ -55,9 +74,7 @@ class LastLayer:
 
     def logits(self, rows):
         """(len(rows), words), after the last token of each prompt."""
-        found = self.layer(self.states[rows], position_embeddings=self.positions, attention_mask=None)
-        found = found[0] if isinstance(found, tuple) else found
-        return F.linear(self.norm(found[:, -1]), self.head)
+        return F.linear(self.norm(last_position(self.layer, self.states[rows], *self.positions)), self.head)
 
 
 def pairs_of(model, tokenizer, count, seed):
