@@ -51,12 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tuning import drawings
-from tuning.evaluate import (
-    bootstrap_interval,
-    facts_with_ids,
-    ledger,
-    paired_interval,
-)
+from tuning.evaluate import difference, facts_with_ids, ledger
 from tuning.experiments.record import load_results
 from tuning.lora import WideProduct
 from tuning.memory import MODELS, Setting, kept_for_backward
@@ -357,28 +352,24 @@ PARTS = {
 }
 
 
-def hits_of(piece):
-    return torch.tensor([int(hit) for hit in piece["hits"]]).double()
-
-
-def row(runs):
-    gaps = [one - other for one, other in zip(runs, whole, strict=True)]
-    low, high = paired_interval(gaps, same_items=True)
-    n = len(runs[0])
-    gap = f"{n * torch.cat(gaps).mean():+.0f} ({n * low:+.0f} to {n * high:+.0f})"
-    right = f"{n * torch.cat(runs).mean():.0f}"
-    return {f"right, of {n:,}": right, "against all of it": gap}
+def row(found):
+    runs = [piece["hits"] for piece in found]
+    right = sum(hits.count("1") for hits in runs) / len(runs)
+    return {
+        "right, of 1,064": f"{right:.0f}",
+        "against all of it": difference(runs, whole),
+    }
 
 
 changes = [pieces[f"change/{seed}"] for seed in range(3)]
-whole = [hits_of(change["linear layers"]) for change in changes]
+whole = [change["linear layers"]["hits"] for change in changes]
 table = {
-    name: row([hits_of(change[kind]) for change in changes])
+    name: row([change[kind] for change in changes])
     for name, kind in PARTS.items()
 }
 table |= {
     f"a trained adapter of rank {rank}": row(
-        [hits_of(pieces[f"adapter/{rank}/{seed}"]) for seed in range(3)]
+        [pieces[f"adapter/{rank}/{seed}"] for seed in range(3)]
     )
     for rank in (1, 8)
 }

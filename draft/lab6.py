@@ -44,7 +44,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tuning.evaluate import paired_interval
+from tuning.evaluate import difference
 from tuning.experiments.record import load_results, provenance_line
 from tuning.lora import LoRA
 from tuning.models import load_lm
@@ -119,23 +119,18 @@ PARTS = {
 }
 
 
-def hits(piece):
-    return torch.tensor([int(hit) for hit in piece["hits"]]).double()
+whole = [change["linear layers"]["hits"] for change in changes]
 
 
 def line(kind):
-    runs = [hits(change[kind]) for change in changes]
-    whole = [hits(change["linear layers"]) for change in changes]
-    gaps = [one - other for one, other in zip(runs, whole, strict=True)]
-    low, high = paired_interval(gaps, same_items=True)
-    n = len(runs[0])
-    less = f"{n * torch.cat(gaps).mean():+.0f} ({n * low:+.0f} to {n * high:+.0f})"
-    right = n * torch.cat(runs).mean().item()
-    continents = [change[kind]["continents"].count("1") for change in changes]
+    found = [change[kind] for change in changes]
+    runs = [piece["hits"] for piece in found]
+    right = sum(hits.count("1") for hits in runs) / 3
+    continents = sum(piece["continents"].count("1") for piece in found) / 3
     return {
-        f"right, of {n:,}": round(right),
-        "beside the whole": less,
-        "continents, of 160": round(sum(continents) / 3),
+        "right, of 1,064": round(right),
+        "beside the whole": difference(runs, whole),
+        "continents, of 160": round(continents),
     }
 
 

@@ -16,6 +16,7 @@ from .runs import Run, Settings, trainable
 __all__ = [
     "Classifier",
     "batch_rows",
+    "chunked_loss",
     "last_token",
     "mean_of_tokens",
     "optimizer_for",
