@@ -43,7 +43,6 @@ code(r"""
 # @title Imports, model and data
 import math
 import random
-from collections import Counter
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -74,8 +73,8 @@ matrix A with eight rows. That is 9,216 numbers instead of 331,776. It sounds li
 """)
 code(r"""
 # @title The ledger: asked, all weights, LoRA on and off
-recorded = load_results("ledger")["results"]["rows"]
-found = {row["method"]: row for row in recorded}
+recorded = load_results("ledger")["results"]
+found = {row["method"]: row for row in recorded["rows"]}
 met = [found[name] for name in ("asked", "all weights", "LoRA")]
 met.append(found["asked"] | {"method": "LoRA, switched off"})
 ledger(met, columns=("right", "continents", "kept a task"))
@@ -142,15 +141,15 @@ Now we ask, train for sixty steps, and ask again. `prompt_logits` gives the scor
 """)
 code(r"""
 ASK = "The city of [X] is in the country of [Y]."
-rows = facts["test"][::5]  # cities that are not trained on
+rows = facts["test"][::7]  # cities that are not trained on
 
 
-def answers():
-    logits = prompt_logits(model, tokenizer, ASK, rows)  # (cities, vocab)
+def said(template, rows):  # the next word after each prompt
+    logits = prompt_logits(model, tokenizer, template, rows)  # (rows, vocab)
     return logits.argmax(dim=1).tolist()
 
 
-before = answers()
+before = said(ASK, rows)
 optimizer = torch.optim.AdamW(adapters, lr=1e-3, weight_decay=0, fused=True)
 random.seed(0)
 for step in range(60):
@@ -159,23 +158,22 @@ for step in range(60):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-after = answers()
+after = said(ASK, rows)
 """, "nbval-ignore-output")
 code(r"""
-right = {}
-for when, said in (("before", before), ("after", after)):
-    right[when] = sum(a == b for a, (_, b) in zip(said, rows, strict=True))
-print(f"right, of {len(rows)}: {right}")
-table = {
-    city: {"before": one, "after": other, "right": answer}
-    for (city, answer), one, other in list(zip(rows, before, after))[::27]
-}
-pd.DataFrame(table).T.map(tokenizer.decode)
+def right(answers, rows):
+    return sum(a == b for a, (_, b) in zip(answers, rows, strict=True))
+
+
+print(f"right, of {len(rows)}: {right(before, rows)}, {right(after, rows)}")
+table = {"before": before, "after": after, "right": [b for _, b in rows]}
+table = pd.DataFrame(table, [city for city, _ in rows])
+table[::19].map(tokenizer.decode)
 """, "nbval-ignore-output")
 code(r"""
 # @title ✓ None of these cities was trained on, and more are right after
 assert not {city for city, _ in facts["train"]} & {city for city, _ in rows}
-assert right["after"] > right["before"]
+assert right(after, rows) > right(before, rows)
 print("none of these cities was trained on, and more are right after")
 """, "hide-cell")
 md(r"""
@@ -186,10 +184,10 @@ code(r"""
 layers = [layer for layer in model.modules() if isinstance(layer, WithLoRA)]
 for layer in layers:
     layer.scale = 0  # take it out
-assert answers() == before
+assert said(ASK, rows) == before
 for layer in layers:
     layer.scale = 16 / 8  # and put it in again
-assert answers() == after
+assert said(ASK, rows) == after
 
 one, x = layers[0], torch.randn(5, 576, device=model.device)
 merged = one.base.weight + one.scale * one.B @ one.A  # or make it part of W
@@ -346,6 +344,7 @@ PARTS = {
     "all of it": "linear layers",
     "its first term": "first 1",
     "its first 8 terms": "first 8",
+    "all but its first term": "without first 1",
     "all but its first 8": "without first 8",
     "all of it, as short as its first term": "shortened as first 1",
     "8 random directions, as long as the first 8": "8 random, drawn out",
@@ -355,9 +354,11 @@ PARTS = {
 def row(found):
     runs = [piece["hits"] for piece in found]
     right = sum(hits.count("1") for hits in runs) / len(runs)
+    others = sum(piece["continents"].count("1") for piece in found)
     return {
         "right, of 1,064": f"{right:.0f}",
         "against all of it": difference(runs, whole),
+        "continents, of 160": f"{others / len(found):.0f}",
     }
 
 
@@ -383,8 +384,70 @@ All of it means all linear layers; embeddings and norms stay as they were. An in
 2. FINDING length.
 3. FINDING spread: without the first term.
 
-So LoRA works, but not because the change of full training is of low rank. By its length it is not. By what it does for the answer, a few terms
-are enough [[note 2]](#notes). This is one easy task and a small model. How many terms does a hard task need?
+So LoRA works, but not because the change of full training is of low rank. By its length it is not. It works because the task needs so little of it
+[[note 2]](#notes).
+
+## Turn it down
+
+Half of a change did better than all of it. Can we have half of an adapter? That is one number, its scale. Let us ask the model that we trained for cities
+and for continents, with the sheet out, half in, and in:
+""")
+code(r"""
+ELSE = "[X] is located in the continent of [Y]."
+countries = facts_with_ids(tokenizer, "P30")["test"]  # (country, continent)
+still = {}
+for part in (0, 1 / 2, 1):
+    for layer in layers:
+        layer.scale = part * 16 / 8
+    cities = right(said(ASK, rows), rows)
+    still[part] = right(said(ELSE, countries), countries)
+    print(f"{part:3}: {cities} cities, {still[part]} continents")
+""", "nbval-ignore-output")
+code(r"""
+# @title ✓ Continents are lost with the whole adapter, fewer with half
+assert still[1] < still[1 / 2]
+print("continents are lost with the whole adapter, fewer with half")
+""", "hide-cell")
+md(r"""
+Of LIVE54 countries. Is this luck? Here are three recorded runs, on all test cities and countries:
+""")
+code(r"""
+# @title Figure: what a change gives and takes, by its length
+down = load_results("turned_down")["results"]
+lora = {"none": [recorded["asked"] | recorded["asked"]["elsewhere"]]}
+for part, label in (("0.25", "¼"), ("0.5", "½"), ("0.75", "¾")):
+    lora[label] = [down[f"LoRA/{seed}"][part] for seed in range(3)]
+whole_scale = [recorded[f"run/LoRA/{seed}"] for seed in range(3)]
+lora["all"] = [run | run["elsewhere"] for run in whole_scale]
+kinds = ("nothing", "shortened as first 1", "shortened as first 8")
+full = {kind: [change[kind] for change in changes] for kind in kinds}
+full["all"] = [change["linear layers"] for change in changes]
+
+
+def mean(runs, what):
+    return sum(run[what].count("1") for run in runs) / len(runs)
+
+
+fig, axes = figure(DOWN_TITLE, "cities right, of 1,064", "continents, of 160")
+for name, parts in (("LoRA, by its scale", lora), ("all weights", full)):
+    across = [mean(runs, "hits") for runs in parts.values()]
+    up = [mean(runs, "continents") for runs in parts.values()]
+    axes.plot(across, up, marker="o", label=name)
+    if parts is lora:
+        for label, *point in zip(parts, across, up, strict=True):
+            axes.annotate(label, point, (4, 6), textcoords="offset points")
+axes.set_ylim(0, 125)
+axes.legend(loc="lower left")
+plt.show()
+""", "hide-input", alt=DOWN_ALT)
+md(r"""
+FINDING down.
+
+[peft](https://github.com/huggingface/peft) has it as `rescale_adapter_scale(model, 0.5)`. For whole models it is the
+mean of the weights before and after training, which Wortsman et al. (2021) recommend. It costs nothing, so try it before
+you hand an adapter on. And ask twenty questions from outside its task, whatever the scale.
+
+This is one easy task and a small model. Will so little be enough for a hard task?
 
 ## When is a rank full?
 
@@ -522,26 +585,6 @@ for freeze in (True, False):
     print(f"frozen {freeze}: {count:,} numbers are trained")
 """)
 md(r"""
-**Ask what you did not train.** The adapter is added to whatever you ask, not to your task alone. What does our model say for
-continents, with the adapter off and on?
-""")
-code(r"""
-ELSE = "[X] is located in the continent of [Y]."
-countries = facts_with_ids(tokenizer, "P30")["test"]  # (country, continent)
-still = {}
-for how, scale in (("off", 0), ("on", 16 / 8)):
-    for layer in layers:
-        layer.scale = scale
-    ids = prompt_logits(model, tokenizer, ELSE, countries).argmax(dim=1)
-    pairs = zip(ids.tolist(), countries, strict=True)
-    still[how] = sum(one == other for one, (_, other) in pairs)
-    said = Counter(tokenizer.decode(token) for token in ids.tolist())
-    print(f"{how:3} {still[how]} of {len(countries)}: {said.most_common(4)}")
-assert still["on"] < still["off"]
-""", "nbval-ignore-output")
-md(r"""
-FINDING elsewhere. Before you hand an adapter on, ask twenty questions from outside its task.
-
 ## Yours
 
 Give a file of your own: 20 lines or more, each `{"subject": …, "answer": …}`. `yours` trains LoRA on part of it, and prints your row beside the
@@ -591,7 +634,7 @@ Each has a [solution](solutions/6-lora.ipynb).
 - The change of full fine-tuning is not of low rank. A change of low rank is enough all the same, until there is more to store
   than it has room for.
 - The rate moves the output and turns A. α moves the output alone.
-- Small is not harmless. But it comes off.
+- Small is not harmless. But it comes off, and at half its scale it gave back most of what it took.
 
 ## Notes
 
@@ -611,6 +654,7 @@ Each has a [solution](solutions/6-lora.ipynb).
 [Zhang et al. 2026](https://arxiv.org/abs/2606.12883) (what α does);
 [Biderman et al. 2024](https://arxiv.org/abs/2405.09673) (learns less, forgets less; the rank of full fine-tuning's change);
 [Schulman et al. 2025](https://thinkingmachines.ai/blog/lora/) (LoRA without regret);
+[Wortsman et al. 2021](https://arxiv.org/abs/2109.01903) (between the weights before and after fine-tuning);
 [Aghajanyan et al. 2021](https://arxiv.org/abs/2012.13255) (intrinsic dimension);
 [Shuttleworth et al. 2024](https://arxiv.org/abs/2410.21228) (directions that LoRA adds).
 """)
