@@ -11,8 +11,10 @@ def md(text):
     cells.append(new_markdown_cell(text.strip("\n")))
 
 
-def code(text, *tags):
+def code(text, *tags, alt=None):
     cells.append(new_code_cell(text.strip("\n"), metadata={"tags": list(tags)} if tags else {}))
+    if alt:
+        cells[-1].metadata["mystnb"] = {"image": {"alt": alt}}
 
 
 md(r"""
@@ -46,12 +48,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tuning.evaluate import difference
-from tuning.experiments.full_rank import last_layer
 from tuning.experiments.record import load_results, provenance_line
 from tuning.lora import LoRA
 from tuning.models import load_lm
 from tuning.plots import figure, panels
 from tuning.prompts import encode
+
+model, tokenizer = load_lm(dtype=torch.float32)
 """,
     "hide-cell",
 )
@@ -77,7 +80,7 @@ held = pd.DataFrame([change["spectrum"]["held"] for change in changes]).mean()
 eight, many = held["8"], held["64"]
 RANKS = [int(rank) for rank in changes[0]["spectrum"]["held"]]
 fig, axes = figure(
-    f"The first 8 terms hold {eight:.0%} of the change, the first 64 {many:.0%}",
+    f"Eight terms hold {eight:.0%} of the change, 64 hold {many:.0%}",
     "first r terms of each layer's change",
     "share of squared length",
 )
@@ -93,6 +96,7 @@ terms = [change["spectrum"]["terms for nine tenths"] for change in changes]
 print("terms that hold nine tenths: least, median and most of a layer", terms)
 """,
     "hide-input",
+    alt="Share of the squared length over the first 1 to 64 terms, for three seeds that lie on each other: 0.22, 0.29, 0.37, 0.47, 0.58, 0.79.",
 )
 md(r"""
 The change is not of low rank. The layer in the middle needs about 60 terms for nine tenths, the simplest 9, and one
@@ -160,11 +164,22 @@ In the chapter's figure, rank 64 has room for 4,096 pairs many times over, and y
 enters its layer after the two tokens of each prompt:
 """)
 code(r"""
-last = last_layer("smollm2-135m", 512, 1)
-inputs = F.normalize(last.inputs)  # (512, in)
+torch.manual_seed(0)
+ids = torch.randint(20, len(tokenizer), (512, 2))  # two random tokens each
+caught = []
+layer = model.model.layers[-1].mlp.down_proj
+hook = layer.register_forward_pre_hook(
+    lambda module, inputs: caught.append(inputs[0][:, -1].cpu())
+)
+with torch.no_grad():
+    for part in ids.split(128):
+        model(part.to(model.device), use_cache=False)
+hook.remove()
+entering = torch.cat(caught)  # (512, in)
+inputs = F.normalize(entering)
 near = (inputs @ inputs.T).fill_diagonal_(-1).max(dim=1).values
 twins = near > 0.999  # some other input has nearly the same direction
-norms = last.inputs.norm(dim=1)
+norms = entering.norm(dim=1)
 print(f"{twins.float().mean():.1%} have a twin, of norm {norms[twins].mean():.0f}")
 print(f"the others have a norm of {norms[~twins].mean():.0f}")
 assert 0.02 < twins.float().mean() < 0.12
@@ -189,7 +204,6 @@ For $\alpha/\sqrt r$ the first is level, for $\alpha/r$ the second. We measure i
 it gets from sixteen prompts.
 """)
 code(r"""
-model, tokenizer = load_lm(dtype=torch.float32)
 layer = model.model.layers[15].self_attn.q_proj
 cities = "Paris Rome Osaka Lima Accra Delhi Oslo Quito Cairo Milan".split()
 caught = []
@@ -248,6 +262,8 @@ plt.show()
 """,
     "hide-input",
     "nbval-ignore-output",
+    alt="Two panels, what one step adds to the output over the rank. With SGD the scale α over root r is level and α over r "
+    "falls to a thousandth; with Adam α over r is level and α over root r grows twelvefold.",
 )
 code(
     r"""

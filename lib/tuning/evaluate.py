@@ -16,7 +16,7 @@ from scipy import stats
 from .data import load_facts, load_wic
 from .prompts import answer_id, answer_logits, encode, evaluating
 
-__all__ = ["bootstrap_interval", "difference", "hits_at_1", "paired_interval"]
+__all__ = ["bootstrap_interval", "hits_at_1", "paired_interval"]
 
 
 def hits_at_1(logits, answer_ids, candidates=None):
