@@ -136,7 +136,7 @@ trained = sum(weight.numel() for weight in adapters)
 print(f"{len(adapters) // 2} adapters, {trained:,} numbers")
 """)
 md(r"""
-Now we ask, train for sixty steps, and ask again. `prompt_logits` gives the scores of the next word after each prompt, and
+Now we ask, train for fifty steps, and ask again. `prompt_logits` gives the scores of the next word after each prompt, and
 `answer_loss` is the mean of −log p of the right country there:
 """)
 code(r"""
@@ -151,9 +151,9 @@ def said(template, rows):  # the next word after each prompt
 
 before = said(ASK, rows)
 optimizer = torch.optim.AdamW(adapters, lr=1e-3, weight_decay=0, fused=True)
-schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 60)  # to 0
+schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 50)  # to 0
 random.seed(0)
-for _ in range(60):
+for _ in range(50):
     batch = random.sample(facts["train"], 16)
     answer_loss(model, tokenizer, ASK, batch).backward()
     optimizer.step()
