@@ -226,7 +226,7 @@ assert (every.count(africa), len(every)) == (58, 160)  # as the text says
 print("half of the adapter loses fewer continents than all of it")
 """, "hide-cell")
 md(r"""
-Half of the adapter brings a good part of the gain, and takes next to nothing. But one run, 213 cities and 54 countries say
+Half of the adapter brings a part of the gain, and takes next to nothing. But one run, 213 cities and 54 countries say
 little. These are the means of three runs, on all 1,064 cities and 160 countries:
 """)
 code(r"""
