@@ -2,14 +2,17 @@
 
 import io
 import json
+import shutil
 from html.parser import HTMLParser
 
 import matplotlib.image
+import nbformat
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browser import Visit, build
-from tuning.charts import MIME_TYPE
+from notebook_rules import ROOT
+from tuning.charts import MIME_TYPE, choose, planner
 from tuning.experiments.record import load_results
 
 PAGE = "book/1-prompts/2-prompts-are-code.html"
@@ -181,8 +184,6 @@ class Descriptions(HTMLParser):
 
 def test_whatever_a_bar_is_called_its_description_arrives_whole(tmp_path):
     """A word may be a tag that would end the script element."""
-    import nbformat
-    from tuning.charts import choose
 
     rows = [{"choice": "a", "bar": "</script><!-- & é", "value": 1, "right": False}]
     data, metadata = choose(rows, "Why?", "One bar.", "nothing")._repr_mimebundle_()
@@ -197,3 +198,52 @@ def test_whatever_a_bar_is_called_its_description_arrives_whole(tmp_path):
     page = Descriptions()
     page.feed((build(tmp_path / "out", tmp_path) / "index.html").read_text(encoding="utf-8"))
     assert [json.loads(text) for text in page.found] == [data[MIME_TYPE]]
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A book of two pages: one.ipynb makes a planner, and index.md shows the same."""
+    root = tmp_path_factory.mktemp("planned")
+    rows = [
+        {"choice": {"model": model, "checkpointing": how}, "bar": bar, "parts": {"parameters": size, "states": size}}
+        for model, size in (("7B", 12.5), ("65B", 121.6))
+        for how in ("on", "off")
+        for bar in ("LOMO", "LoRA")
+    ]
+    data, metadata = planner(rows, "Which bar does your card hold?", "Two bars.")._repr_mimebundle_()
+    output = nbformat.v4.new_output("display_data", data, metadata=metadata)
+    cells = [nbformat.v4.new_markdown_cell("# A chart"), nbformat.v4.new_code_cell("chart", outputs=[output])]
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+    nbformat.write(book, root / "one.ipynb")
+    (root / "index.md").write_text("# Its chart\n\n```{chart} one.ipynb\n```\n")
+    (root / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters: [{file: one}]\n")
+    (root / "_config.yml").write_text(
+        "title: A chart\nexecute: {execute_notebooks: 'off'}\nsphinx: {extra_extensions: [pages.charts], "
+        f"config: {{html_static_path: ['{ROOT / 'book' / '_static'}']}}}}\n"
+    )
+    return root
+
+
+def test_menus_choose_the_planners_setting(browser, planned, tmp_path):
+    html = build(tmp_path / "out", planned)
+    for page in ("index", "one"):
+        with Visit(browser, (html / f"{page}.html").as_uri(), width=390) as visit:
+            visit.page.locator(".chart select").first.select_option("65B")  # which may be before the chart lives
+            reach(visit)
+            visit.page.locator(".chart select").last.select_option("off")
+            title = visit.page.locator(".chart svg").get_by_text("model: 65B, checkpointing: off", exact=True)
+            title.wait_for()
+            assert visit.page.locator(".chart svg").get_by_text("LOMO: 243.2 GiB", exact=True).count() == 1
+            assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+            found = Axe().run(visit.page, context=".chart").response["violations"]
+            assert not found, [node["html"] for fault in found for node in fault["nodes"]]
+
+
+@pytest.mark.parametrize(("named", "message"), [("two.ipynb", "is no file"), ("none.ipynb", "shows no chart; run it")])
+def test_a_page_that_asks_for_a_chart_that_is_not_there_is_told(planned, tmp_path, named, message):
+    root = tmp_path / "book"
+    shutil.copytree(planned, root)
+    nbformat.write(nbformat.v4.new_notebook(), root / "none.ipynb")
+    (root / "index.md").write_text(f"# Its chart\n\n```{{chart}} {named}\n```\n")
+    with pytest.raises(AssertionError, match=message):
+        build(tmp_path / "out", root)

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import vl_convert
-from tuning.charts import INK, MIME_TYPE, VEGA_LITE, Chart, choose, compare
+from tuning.charts import INK, MIME_TYPE, VEGA_LITE, WIDEST, WIDTH, Chart, choose, compare, planner
 from tuning.plots import COLORS
 
 QUESTION, ALT, SCALE = "Which city is larger?", "Two bars: Lima is the longer one.", "millions of people"
@@ -183,3 +183,88 @@ def test_larger_points_cost_more():
 def test_points_that_cannot_be_read_are_refused(rows, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         points(rows)
+
+
+PARTS = {"parameters": 12.55, "optimizer states": 75.31, "gradients": 12.5}
+
+
+def plans(**changes):
+    """Two models, two settings of checkpointing, three bars, one of which has a rank."""
+    found = []
+    for scale, model in enumerate(("7B", "13B"), 1):
+        for how in ("on", "off"):
+            for bar, factor in (("AdamW", 1), ("AdamW, 16-bit", 0.5)):
+                choice = {"model": model, "checkpointing": how}
+                parts = {part: scale * factor * size for part, size in PARTS.items()}
+                found.append({"choice": choice, "bar": bar, "parts": parts})
+            for rank in ("8", "64"):
+                choice = {"model": model, "checkpointing": how, "rank": rank}
+                found.append({"choice": choice, "bar": "LoRA", "parts": {part: int(rank) / 8 for part in PARTS}})
+    found[4]["measured"] = 101.45
+    found[1] |= changes
+    return found
+
+
+def stacked(**chosen):
+    """Of the picture for a setting: {what is said of a part of a bar: length}, and all words."""
+    spec = planner(plans(), "Which bar fits?", "Bars.").spec
+    for param in spec["params"]:
+        param["value"] = chosen.get(param["bind"]["name"], param["value"])
+    picture = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
+    words = [html.unescape(text) for text in re.findall(r">([^<]+)</t(?:ext|span)>", picture)]
+    return {label: length for label, length, _ in bars(picture)}, words
+
+
+def test_the_planner_begins_where_something_was_measured():
+    spec = planner(plans(), "Which bar fits?", "Bars.").spec
+    menus = {param["bind"]["name"]: param for param in spec["params"]}
+    options = {name: param["bind"]["options"] for name, param in menus.items()}
+    assert options == {"model": ["7B", "13B"], "checkpointing": ["on", "off"], "rank": ["8", "64"]}
+    assert {name: param["value"] for name, param in menus.items()} == {
+        "model": "7B",
+        "checkpointing": "off",
+        "rank": "8",
+    }
+    assert all(param["bind"]["input"] == "select" for param in menus.values())
+    assert len({param["name"] for param in menus.values()}) == 3
+    lengths, words = stacked()
+    assert "AdamW: 100.4 GiB, measured 101.5" in words and "16" in words and "80" in words
+    assert {"Which bar fits?", "model: 7B, checkpointing: off", "rank: 8"} <= set(words)
+    assert len(lengths) == 9
+
+
+@pytest.mark.parametrize(("model", "rank"), [("7B", "8"), ("13B", "64")])
+def test_the_bars_are_those_of_the_setting_that_is_chosen(model, rank):
+    lengths, words = stacked(model=model, rank=rank, checkpointing="on")
+    scale, adapters = (1, 1) if model == "7B" else (2, 8)
+    totals = [scale * 100.36, scale * 50.18, 3 * adapters]
+    names = ["AdamW", "AdamW, 16-bit", "LoRA"]
+    said = [f"{name}: {total:.1f} GiB" for name, total in zip(names, totals, strict=True)]
+    assert [word for word in words if "GiB" in word and ":" in word] == said
+    pixel = lengths[f"{said[2]}; gradients {adapters}"] / adapters
+    assert pixel == pytest.approx(WIDTH / WIDEST, rel=0.01)  # pixels a GiB
+    half = lengths[f"{said[1]}; parameters {scale * 6.275:.1f}"]
+    assert half == pytest.approx(pixel * round(scale * 6.275, 1), rel=0.01)
+
+
+def test_a_planner_of_a_thousand_rows_is_small():
+    rows = [
+        row | {"choice": row["choice"] | {"tokens": str(tokens)}} for tokens in range(64) for row in plans(measured=1)
+    ]
+    assert len(rows) > 1000 and len(json.dumps(planner(rows, "Which bar fits?", "Bars.").spec)) < 75_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "there are no rows"),
+        ([{"choice": {}, "bar": "LOMO"}], "row 0 has no parts"),
+        (plans(parts=PARTS | {"gradients": math.nan}), "row 1 has the value nan"),
+        (plans(parts=PARTS | {"gradients": None}), "row 1 has the value nan"),
+        (plans(parts={"parameters": 1.0}), "row 1 has the parts parameters; expected parameters, optimizer states"),
+        (plans(bar="AdamW"), "row 1 is a second bar 'AdamW' for {'model': '7B', 'checkpointing': 'on'}"),
+    ],
+)
+def test_a_plan_that_cannot_be_drawn_is_refused(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        planner(rows, "Which bar fits?", "Bars.")

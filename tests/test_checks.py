@@ -28,8 +28,16 @@ def share_held(matrix, k, power=2):
     return sizes[:k].sum() / sizes.sum()
 
 
-def without_scale(A, B, scale, lr, rate=None):
-    return scale**0.5 * A, scale**0.5 * B, scale * lr if rate is None else rate
+def without_scale(A, B, scale, lr, decay, rate=None, shrinks=None):
+    root = scale**0.5
+    return root * A, root * B, root * lr if rate is None else rate, decay / root if shrinks is None else shrinks
+
+
+def balanced(A, B, turn=True):
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, sizes, Vt = torch.linalg.svd(R_B @ R_A.T)
+    roots = sizes.sqrt() if turn else torch.ones_like(sizes)
+    return (sizes / roots)[:, None] * Vt @ Q_A.T, Q_B @ U * roots
 
 
 def added(one, other, alpha=None, scaled=True):
@@ -170,9 +178,20 @@ CASES = [  # check, right answer, [(wrong answer, what the message says)]
         "without_scale",
         without_scale,
         [
-            (lambda A, B, s, lr: without_scale(A, B, s, lr, rate=lr), "the rate has to change"),
-            (lambda A, B, s, lr: without_scale(A, B, s, lr, rate=lr * s**2), "products differ"),
-            (lambda A, B, s, lr: (A, B, s * lr), "multiply both by its root"),
+            (lambda A, B, s, lr, wd: without_scale(A, B, s, lr, wd, rate=lr), "the rate has to change"),
+            (lambda A, B, s, lr, wd: without_scale(A, B, s, lr, wd, rate=lr * s), "products differ"),
+            (lambda A, B, s, lr, wd: without_scale(A, B, s, lr, wd, shrinks=wd), "with decay they differ"),
+            (lambda A, B, s, lr, wd: (A, B, s * lr, wd), "multiply both by its root"),
+        ],
+    ),
+    (
+        "balanced",
+        balanced,
+        [
+            (lambda A, B: (A, B), "A is as it was"),
+            (lambda A, B: (2 * A, B), "the product changed"),
+            (lambda A, B: balanced(A, B, turn=False), "square root of the singular values"),
+            (lambda A, B: (A.T, B), "should have the shape"),
         ],
     ),
     (

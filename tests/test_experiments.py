@@ -645,7 +645,8 @@ def test_qlora_memory_runs_at_toy_size(tmp_path):
     qlora_memory.main(["--sizes", "toy", "--length", "12", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)])
     results = record.load_results("qlora_memory", tmp_path)["results"]
     ours, theirs = results["toy/ours"], results["toy/bitsandbytes"]
-    hidden, inner, layers = qlora_memory.TOY["toy"]
+    toy = qlora_memory.TOY["toy"]
+    hidden, inner, layers = toy.hidden, toy.inner, toy.layers
     linear = layers * (4 * hidden * hidden + 3 * hidden * inner)
     rest = 2 * 32_000 * hidden + (2 * layers + 1) * hidden
     expected = linear * (4 / 8 + 1 / 64) + 4 * (rest + ours["trained"])  # codes, scales in a byte; float32

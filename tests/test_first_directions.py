@@ -41,6 +41,12 @@ def test_each_part_of_a_change(parts):
     for rank in (1, 8):
         shorter = norm(put_back(parts, f"shortened as first {rank}"))
         assert shorter == pytest.approx(norm(put_back(parts, f"first {rank}")), rel=1e-4)
+        drawn = put_back(parts, f"first {rank}, drawn out")
+        assert norm(drawn) == pytest.approx(norm(changes), rel=1e-4)
+        for name, change in put_back(parts, f"first {rank}").items():
+            torch.testing.assert_close(drawn[name] / norm(drawn), change / norm(put_back(parts, f"first {rank}")))
+    left = put_back(parts, "without first 8")
+    assert norm(left) ** 2 == pytest.approx(norm(changes) ** 2 - norm(put_back(parts, "first 8")) ** 2, rel=1e-4)
 
 
 def test_the_spectrum(parts):

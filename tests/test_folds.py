@@ -10,7 +10,7 @@ from browser import Visit
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_rules import FOLDS, ROOT, read, title
 
-CHAPTER = "2-lora/6-mathematics-of-lora"
+CHAPTER = "2-lora/6-lora"
 PAGES = ["1-prompts/2-prompts-are-code", CHAPTER, "scorecard"]
 SUMMARIES = "div.cell > details > summary"
 TABLE = 'Table: the five likeliest words & their <likelihoods>, from the "likeliest" to the fifth, which isn\'t likely'

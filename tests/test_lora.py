@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from notebook_rules import ROOT, defined, read
 from peft import LoraConfig, get_peft_model
 from small_models import IDS, fill, logits, small, tiny_llama
 from torch import nn
@@ -77,6 +78,63 @@ def test_forward_and_gradients_equal_peft(targets, rank, alpha, rslora, dtype):
     frozen = [name for name, weight in ours.named_parameters() if weight.grad is None]
     assert not [name for name in frozen if "adapters" in name]
     assert len(frozen) == len(list(small().parameters()))
+
+
+def filled(seed, **options):
+    adapter = LoRA(48, 32, rank=4, alpha=12, **options)
+    fill(adapter, seed)
+    return adapter
+
+
+def kept_for_backward(compute):
+    """{address of a storage: its bytes} of what a computation keeps, and what it gives."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        return kept, compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(7, 48), (2, 5, 48), (48,)])
+@pytest.mark.parametrize("needs", [True, False])
+def test_of_an_input_in_16_bits_no_wider_copy_is_kept_and_no_bit_differs(dtype, shape, needs):
+    torch.manual_seed(0)
+    adapter, x = filled(1), torch.randn(shape, dtype=dtype).requires_grad_(needs)
+    kept, found = kept_for_backward(lambda: adapter(x))
+    small_ones = sum(weight.nbytes for weight in adapter.parameters()) + 2 * 4 * 4 * (x.numel() // 48)
+    assert sum(kept.values()) <= small_ones + x.nbytes and x.untyped_storage().data_ptr() in kept
+    found.square().sum().backward()
+    gradients = [adapter.A.grad, adapter.B.grad] + ([x.grad] if needs else [])
+    A, B = adapter.A.detach().clone().requires_grad_(), adapter.B.detach().clone().requires_grad_()
+    plain = x.detach().clone().requires_grad_(needs)
+    expected = F.linear(F.linear(plain.float(), A) * 3.0, B)
+    assert torch.equal(found, expected)
+    expected.square().sum().backward()
+    for gradient, other in zip(gradients, [A.grad, B.grad, plain.grad], strict=False):
+        assert torch.equal(gradient, other) and gradient.dtype == other.dtype
+
+
+def test_two_adapters_keep_one_input_between_them():
+    x = torch.randn(50, 48, dtype=torch.bfloat16, requires_grad=True)
+    one, two = (filled(seed) for seed in (1, 2))
+    alone, together = (sum(kept_for_backward(call)[0].values()) for call in (lambda: one(x), lambda: one(x) + two(x)))
+    assert together < 2 * alone - x.nbytes + 1
+
+
+def test_with_dropout_and_under_autocast_as_before():
+    x = torch.randn(50, 48, dtype=torch.bfloat16)
+    adapter = filled(1, dropout=0.5).train()
+    torch.manual_seed(0)
+    found = adapter(x)
+    torch.manual_seed(0)
+    expected = F.linear(F.linear(F.dropout(x.float(), 0.5), adapter.A) * 3.0, adapter.B)
+    assert torch.equal(found, expected) and not torch.equal(found, adapter.eval()(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapter(x).dtype == torch.bfloat16
 
 
 @SETTINGS
@@ -454,3 +512,20 @@ def test_a_merged_layer_is_the_bare_one():
     fill(model.wide.adapters["default"], 0)
     merge(model)
     assert torch.equal(model.wide(x), F.linear(x, model.wide.weight, model.wide.bias))
+
+
+@pytest.mark.parametrize(("sizes", "rank", "alpha"), [((12, 20), 4, 12), ((7, 5), 1, 3), ((16, 16), 8, 8)])
+def test_chapter_6s_small_class_is_the_librarys_adapter_beside_a_layer(sizes, rank, alpha):
+    WithLoRA = defined(read(ROOT / "book/2-lora/6-lora.ipynb"), "WithLoRA", {"nn": nn, "torch": torch})
+    base, adapter = nn.Linear(*sizes), LoRA(*sizes, rank, alpha)
+    small_one = WithLoRA(base, rank, alpha)
+    assert small_one.A.abs().max() <= sizes[0] ** -0.5 and not small_one.B.any()
+    fill(adapter, seed=1)
+    for name in "AB":
+        getattr(small_one, name).data.copy_(getattr(adapter, name))
+    x = torch.randn(2, 3, sizes[0])
+    torch.testing.assert_close(small_one(x), base(x) + adapter(x))
+    small_one(x).square().sum().backward()
+    (base(x) + adapter(x)).square().sum().backward()
+    for name in "AB":
+        torch.testing.assert_close(getattr(small_one, name).grad, getattr(adapter, name).grad)

@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_rules import PRINTS_WIDER, ROOT, exported, parameters, read, read_library, unshown, violations
+from notebook_rules import NOT_REMADE, ROOT, exported, parameters, read, read_library, unshown, violations
 
 sys.path.insert(0, str(ROOT / "lib" / "tools"))
 import notebooks
@@ -42,7 +42,7 @@ def library(module):
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
 def test_notebook_keeps_the_rules(path):
     chapter = path.parent.name[0].isdigit()
-    assert violations(read(path), SETUP, chapter=chapter, wider=not chapter or path.stem in PRINTS_WIDER) == []
+    assert violations(read(path), SETUP, chapter=chapter, remade=chapter and path.stem not in NOT_REMADE) == []
 
 
 def test_every_core_algorithm_is_shown():
@@ -89,7 +89,7 @@ def test_the_page_gets_the_text_that_a_drawing_brings_along(tmp_path):
 
 def good():
     """A small notebook that keeps every rule."""
-    card = "- **You will build** a\n- **You need** b\n- **Cost** c\n- **Download** d"
+    card = "Why?\n\n*You need [chapter 1](a.ipynb). Ten seconds on\ntwo cores; 35 minutes of reading.*"
     cells = [
         new_markdown_cell(card),
         new_code_cell(SETUP, metadata={"tags": ["hide-input"]}),
@@ -199,7 +199,7 @@ def ignored_without_assert(book):
 
 
 def drop_the_card(book):
-    book.cells[0].source = "- **You will build** a"
+    book.cells[0].source = "You need time; 35 minutes of reading."
 
 
 TWICE = "def twice(x):\n    return 2 * x"
@@ -215,7 +215,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (progress_bar, "stderr in its output"),
         (set_source(1, SETUP + " "), "not the setup cell"),
         (set_source(1, publish.setup_cell(("https://github.com/ada/tuning", "v9.0.0"))), "not the setup cell"),
-        (drop_the_card, "the card lacks **You need**"),
+        (drop_the_card, "no card: a paragraph '*You need … minutes of reading.*' near the top"),
         (set_output(3, "/home/ada/book\n"), "a path of a machine in its output"),
         (set_source(5, "assert open('/tmp/x')"), "a path of a machine"),
         (set_source(0, "```{note}\n"), "a directive that Colab shows raw"),
@@ -223,7 +223,7 @@ TWICE = "def twice(x):\n    return 2 * x"
         (png, "a PNG figure"),
         (large_figure, "a figure of 250 KB; at most 200: draw its many points with rasterized=True"),
         (tag_with_a_typo, "unknown tag 'nbval-ignore-ouput'"),
-        (ignored_without_assert, "neither it nor the next cell asserts"),
+        (ignored_without_assert, "neither it nor the next two assert anything"),
         (set_source(4, "# NBVAL_IGNORE_OUTPUT\ntime()"), "a marker that must be a tag"),
         (set_source(2, "# tuning/prompt.py\n" + TWICE), "the library has no such module"),
         (set_source(2, "#tuning/prompts.py\n" + TWICE), "a marker with a typo"),
@@ -235,7 +235,8 @@ TWICE = "def twice(x):\n    return 2 * x"
         (set_source(2, "# tuning/prompts.py\n" + TWICE.replace("2", "3")), "not that of tuning/prompts.py"),
         (set_source(2, "# tuning/prompts.py\n" + TWICE.replace("twice", "thrice")), "thrice: not in tuning/prompts.py"),
         (set_source(3, "print(twice(2))"), "does not import the library's"),
-        (set_source(5, "assert 1\n" * 51), "lines; at most"),
+        (set_source(3, "from tuning.prompts import scale, twice as two"), "does not import the library's"),
+        (set_source(5, "assert 1\n" * 21), "22 lines; at most 20"),
         (set_source(5, f"assert {'1' * 74}"), "a line of 81 characters; at most 80"),
         (set_output(3, "1" * 81 + "\n"), "a printed line of 81 characters; at most 80"),
         (
@@ -279,12 +280,30 @@ def test_each_rule_catches_its_violation(change, fault):
     assert fault in faults(book)
 
 
-def test_only_a_chapter_in_its_new_form_prints_narrow_lines_and_only_a_chapter_has_a_result():
+def test_what_only_a_chapter_in_its_new_form_keeps():
     book = good()
     set_output(3, "1" * 81 + "\n")(book)
-    assert faults(book, wider=True) == ""
+    set_source(5, "assert 1\n" * 21)(book)
+    book.cells[0].source = "- **You will build** a\n- **You need** b\n- **Cost** c"
+    assert faults(book, remade=False) == "the card lacks **Download**"
     set_tags(3)(book)
-    assert faults(book, wider=True, chapter=False) == ""
+    assert faults(book, chapter=False) == ""
+    set_source(5, "assert 1\n" * 51)(book)
+    assert "52 lines; at most 50" in faults(book, chapter=False)
+
+
+def test_marked_cells_may_follow_each_other_before_their_functions_are_imported():
+    book = good()
+    source = "# @title Library: scale\n# tuning/prompts.py\ndef scale(x, by=2, *, times=1):\n    return x * by**times"
+    book.cells.insert(3, new_code_cell(source, metadata={"tags": ["hide-input"]}, execution_count=3))
+    for count, cell in enumerate(book.cells[1:], start=1):
+        cell.execution_count = count
+    notebooks.normalize(book)
+    assert faults(book) == ""  # nobody calls it
+    book.cells[4].source = "from tuning.prompts import twice\n\nprint(scale(twice(2), 1))"
+    assert faults(book) == "scale: the cell after the marked one does not import the library's"
+    book.cells[4].source = "import math\nfrom tuning.prompts import (\n    scale,\n    twice,\n)\nprint(twice(2))"
+    assert faults(book) == ""
 
 
 @pytest.mark.parametrize("signature", ["twice(x)", "scale(x)", "scale(x, times)", "Layer(size, rank)", "Adapter(rank)"])
@@ -321,7 +340,7 @@ def test_a_changed_library_function_is_noticed_in_the_real_chapter():
     def library(module):
         return changed if module == "prompts" else read_library(module)
 
-    found = violations(read(path), SETUP, library, wider=True)
+    found = violations(read(path), SETUP, library, remade=False)
     assert found == ["hotflip: the shown code is not that of tuning/prompts.py"]
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from tuning import prompts
 from tuning.data import load_facts, load_reviews
-from tuning.evaluate import bootstrap_interval, hits_at_1, paired_interval
+from tuning.evaluate import as_hits, bootstrap_interval, difference, hits_at_1, paired_interval
 from tuning.models import load_lm
 from tuning.prompts import (
     answer_id,
@@ -358,6 +358,17 @@ def test_paired_interval_against_the_variances_of_both_designs():
         half = 1.96 * (0.3 * 0.7 / n) ** 0.5
         low, high = paired_interval(gains, same_items)
         assert abs(low - (0.3 - half)) < 0.1 * half and abs(high - (0.3 + half)) < 0.1 * half
+
+
+def test_a_difference_is_told_in_items_with_its_paired_interval():
+    one, other = ["1" * 60 + "0" * 40, "1" * 70 + "0" * 30], ["1" * 40 + "0" * 60, "1" * 40 + "0" * 60]
+    gaps = [as_hits(mine) - as_hits(theirs) for mine, theirs in zip(one, other, strict=True)]
+    low, high = paired_interval(gaps, same_items=True)
+    assert difference(one, other) == f"+25 ({100 * low:+.0f} to {100 * high:+.0f})" and 10 < 100 * low < 20
+    assert difference(other, one).startswith("-25 (-") and difference(one, one) == "+0 (+0 to +0)"
+    for wrong in (one[:1], ["1", "0"], [one[0], "10"]):
+        with pytest.raises(ValueError, match="cannot be paired"):
+            difference(one, wrong)
 
 
 def test_paired_interval_draws_seeds_too():

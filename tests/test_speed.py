@@ -22,7 +22,7 @@ from pages import formulas, speed
 from sphinx.errors import ExtensionError
 from tuning.experiments import bench
 
-CHAPTERS = ["1-prompts/2-prompts-are-code", "2-lora/6-mathematics-of-lora"]
+CHAPTERS = ["1-prompts/2-prompts-are-code", "2-lora/6-lora"]
 
 
 @pytest.fixture(scope="module")

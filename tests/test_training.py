@@ -11,13 +11,16 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import tiny_llama
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tuning import runs
+from tuning.memory import LiveBytes
 from tuning.training import (
     Classifier,
     batch_rows,
     checkpoint_activations,
+    chunked_loss,
     last_token,
     mean_of_tokens,
     rate_factor,
@@ -894,3 +897,65 @@ def test_a_text_alone_is_one_text_and_none_are_an_error(bert):
         assert torch.equal(classifier("A good film."), classifier(["A good film."]))
     with pytest.raises(ValueError, match="no texts to classify"):
         classifier([])
+
+
+def states_and_labels(dtype):
+    torch.manual_seed(0)
+    states = torch.randn(3, 7, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 7))
+    labels[0, :4] = labels[2, 5] = -100
+    return states, weight, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("size", [1, 5, 7, 21, 100])  # of 21 tokens
+def test_the_loss_in_chunks_is_the_loss(dtype, size):
+    states, weight, labels = states_and_labels(dtype)
+    found = chunked_loss(states, weight, labels, size)
+    logits = F.linear(states, weight)[:, :-1]  # of which each predicts the next
+    expected = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(found, expected)
+    grads, others = (torch.autograd.grad(loss, (states, weight)) for loss in (found, expected))
+    assert found.dtype == dtype
+    for one, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_loss_in_chunks_is_that_of_transformers_in_sixteen_bits():
+    model = tiny_llama(tie=False).to(torch.bfloat16).train()
+    ids = torch.randint(0, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    found = chunked_loss(states, model.lm_head.weight, ids, 4)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("size", [4, 100])
+def test_the_loss_of_nothing_in_chunks_is_that_of_torch(size):
+    states, weight, labels = states_and_labels(torch.float32)
+    labels[:] = -100
+    found = chunked_loss(states, weight, labels, size)
+    expected = F.cross_entropy(F.linear(states, weight).flatten(0, 1), labels.flatten())
+    assert found.isnan() and expected.isnan()
+
+
+def test_never_more_logits_than_those_of_a_chunk_are_alive():
+    weight = states_and_labels(torch.float32)[1]
+    states, labels = torch.randn(2, 200, 16, requires_grad=True), torch.randint(0, 50, (2, 200))
+    peaks = {}
+    for size in (400, 40):
+        with LiveBytes(nn.Module()) as live:
+            chunked_loss(states, weight, labels, size).backward()
+        peaks[size] = sum(live.peak.values())
+        states.grad = weight.grad = None
+    logits = 4 * 400 * 50
+    assert peaks[400] > 2.9 * logits and peaks[40] < 1.1 * logits
+
+
+def test_a_loss_in_chunks_that_cannot_be():
+    states, weight, labels = states_and_labels(torch.float32)
+    for bad in ((states, weight, labels, 0), (states, weight, labels[:, 1:], 4)):
+        with pytest.raises(ValueError, match="a positive size and a label for each state"):
+            chunked_loss(*bad)

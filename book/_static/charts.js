@@ -31,16 +31,31 @@
     return group;
   }
 
+  // A menu beside its name.
+  function menu({ name, value, bind }, choose) {
+    const label = document.createElement("label");
+    const list = document.createElement("select");
+    list.name = name;
+    for (const option of bind.options) list.add(new Option(option, option, option === value, option === value));
+    list.addEventListener("change", () => choose(list.value));
+    label.append(bind.name, list);
+    return label;
+  }
+
   for (const chart of document.querySelectorAll(".chart")) {
     const spec = JSON.parse(chart.querySelector("script").textContent);
     const still = chart.querySelector("img");
-    const [choice] = spec.params;
     let view;
-    const controls = buttons(choice, (option) => {
-      choice.value = option; // for a choice that is made before the chart lives
-      view?.signal(choice.name, option).runAsync();
-    });
-    delete choice.bind; // Vega would make buttons of its own
+    const controls = document.createElement("div");
+    controls.className = "controls";
+    for (const choice of spec.params) {
+      const control = choice.bind.input === "radio" ? buttons : menu;
+      controls.append(control(choice, (option) => {
+        choice.value = option; // for a choice that is made before the chart lives
+        view?.signal(choice.name, option).runAsync();
+      }));
+      delete choice.bind; // Vega would make one of its own
+    }
     Object.assign(spec, { width: "container", autosize: { type: "fit-x", contains: "padding" } });
     const living = document.createElement("div");
     living.style.minHeight = `${still.offsetHeight}px`; // the page does not move when the chart comes
@@ -59,7 +74,7 @@
         });
         still.remove();
       } catch (error) {
-        controls.remove(); // buttons that move nothing
+        controls.remove(); // they would move nothing
         throw error;
       }
     }, { rootMargin: "200px" }).observe(chart);

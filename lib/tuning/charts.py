@@ -1,6 +1,8 @@
 """Charts to play with, by Altair: alive in JupyterLab, in Colab and on the book's pages, a still picture elsewhere."""
 
+import csv
 import hashlib
+import io
 import json
 import math
 import numbers
@@ -11,7 +13,7 @@ import vl_convert
 
 from .plots import COLORS
 
-__all__ = ["Chart", "choose", "compare"]
+__all__ = ["Chart", "choose", "compare", "planner"]
 
 VEGA_LITE = "5.21"  # JupyterLab and Colab show version 5, and none that came later
 MIME_TYPE = "application/vnd.vegalite.v5+json"
@@ -102,8 +104,12 @@ def choose(rows, question, alt, scale):
 
 def radio_buttons(question, options, value):
     """Altair's parameter for a choice; those of one name are one group in the whole page, so each has its own name."""
-    name = f"choice_{hashlib.sha256(question.encode()).hexdigest()[:8]}"
-    return altair.param(name=name, value=value, bind=altair.binding_radio(options=options, name=question))
+    bind = altair.binding_radio(options=options, name=question)
+    return altair.param(name=own_name(question), value=value, bind=bind)
+
+
+def own_name(text):
+    return f"choice_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def compare(rows, question, alt, across, up):
@@ -148,6 +154,125 @@ def compare(rows, question, alt, across, up):
     title = altair.Title(altair.expr(f"({said})[{choice.name}]"))
     drawing = altair.layer(intervals, dots).add_params(choice)
     return Chart(drawing.properties(width=WIDTH, height=280, title=title), question, alt)
+
+
+CARDS = (16, 24, 48, 80)  # what is sold as GB are GiB, and the driver keeps some of it: of a T4's 16 it leaves 15
+WIDEST = 106  # GiB; longer bars are cut off, and their label tells
+
+
+def planner(rows, question, alt):
+    """Stacked bars of memory, one a method, against the sizes of cards, for a setting chosen from several menus.
+
+    Args:
+        rows: dicts with `choice` ({menu: option}, both texts), `bar` (its name), `parts` ({category: GiB}, the same
+            categories in each row) and, where it was measured, `measured` (GiB). Menus, options and bars are shown in
+            their order. A row that leaves a menu out stands there for all of its options. The setting of the first row
+            with something measured, or of the first row, is shown at first.
+        question, alt: as for `choose`; alt says what the picture of the first setting shows.
+
+    Returns:
+        A `Chart`, which a notebook shows. GiB are rounded to 0.1; a thousand rows take some 50 kB.
+
+    Raises:
+        ValueError: no rows, one that lacks a key, has other categories or a value that is no finite number, a bar that
+            is there twice in one setting, no question, no alternative text.
+    """
+    check_rows([row | {"value": _total(row)} for row in rows], ("choice", "bar", "parts"))
+    categories, bars = list(rows[0]["parts"]), list(dict.fromkeys(row["bar"] for row in rows))
+    choices = _menus(rows, question)
+    base = altair.Chart(_table(rows, choices, categories)).encode(y=altair.Y("bar:N", sort=bars, axis=None))
+    for place, choice in enumerate(choices.values()):
+        chosen = f"datum.m{place} == indexof({json.dumps(choice.param.bind.options)}, {choice.name})"
+        base = base.transform_filter(f"!isValid(datum.m{place}) || {chosen}")
+    measured = "isValid(datum.measured) ? ', measured ' + format(datum.measured, ',.1f') : ''"
+    base = base.transform_calculate(said=f"datum.bar + ': ' + format(datum.total, ',.1f') + ' GiB' + ({measured})")
+    words = base.mark_text(align="left", yOffset=-7, fontSize=13, color=INK, aria=False)
+    words = words.encode(x=altair.value(0), text="said:N")
+    dots = base.transform_filter("isValid(datum.measured)").mark_point(
+        shape="diamond", filled=True, size=110, yOffset=9, color=COLORS[3], opacity=1, clip=True, aria=False
+    )
+    rules, sizes = _cards(bars)
+    drawing = altair.layer(rules, _stacks(base, categories), dots.encode(x="measured:Q"), words, sizes)
+    names = [f"{json.dumps(menu + ': ')} + {choice.name}" for menu, choice in choices.items()]
+    lines = [" + ', ' + ".join(names[start : start + 2]) for start in range(0, len(names), 2)]
+    title = altair.Title(altair.expr(f"[{', '.join([json.dumps(question), *lines])}]"))
+    drawing = drawing.add_params(*choices.values())
+    return Chart(drawing.properties(width=WIDTH, height=altair.Step(38), title=title), question, alt)
+
+
+def _menus(rows, question):
+    """{menu: Altair's parameter for it}; the first setting is one that was measured, if one was."""
+    options = {}
+    for row in rows:
+        for menu, option in row["choice"].items():
+            options.setdefault(menu, {}).setdefault(option)
+    first = next((row for row in rows if row.get("measured")), rows[0])["choice"]
+    return {
+        menu: altair.param(
+            name=own_name(question + menu),
+            value=first.get(menu, next(iter(those))),
+            bind=altair.binding_select(options=list(those), name=menu),
+        )
+        for menu, those in options.items()
+    }
+
+
+def _stacks(base, categories):
+    """The bars themselves, as a layer."""
+    parts = base.transform_fold(categories, as_=["part", "GiB"]).transform_calculate(
+        place=f"indexof({json.dumps(categories)}, datum.part)", label="datum.said + '; ' + datum.part + ' ' + datum.GiB"
+    )
+    across = altair.X(
+        "GiB:Q",
+        title="GiB alive at the peak; the lines are cards, in GB",
+        scale=altair.Scale(domain=[0, WIDEST], nice=False),
+        axis=altair.Axis(tickCount=6),
+    )
+    colors = altair.Scale(domain=categories, range=[COLORS[index] for index in (0, 1, 2, 4, 5)][: len(categories)])
+    legend = altair.Legend(title=None, orient="top", columns=3, labelFontSize=12, labelColor=INK)
+    return parts.mark_bar(height=12, yOffset=9, clip=True).encode(
+        x=across, color=altair.Color("part:N", scale=colors, legend=legend), order="place:Q", description="label:N"
+    )
+
+
+def _cards(bars):
+    """A line a card behind each bar, which leaves the words alone, and the cards' sizes on top: two layers."""
+    cards = altair.Chart(altair.Data(values=[{"GiB": size, "bar": bar} for bar in bars for size in CARDS]))
+    cards = cards.encode(x="GiB:Q")
+    rules = cards.mark_tick(orient="vertical", size=18, thickness=1.5, yOffset=9, color=INK, aria=False)
+    sizes = cards.transform_filter(altair.datum.bar == bars[0])
+    sizes = sizes.mark_text(baseline="bottom", dy=-2, fontSize=12, color=INK, aria=False)
+    rules = rules.encode(y=altair.Y("bar:N", sort=bars, axis=None))
+    return rules, sizes.encode(y=altair.value(0), text="GiB:N")
+
+
+def _total(row):
+    """The sum of a row's parts, NaN if one is no number."""
+    values = [*row.get("parts", {}).values(), row.get("measured") or 0]
+    return sum(values[:-1]) if all(isinstance(value, numbers.Real) for value in values) else math.nan
+
+
+def _table(rows, choices, categories):
+    """The rows as comma-separated text, in which an option is its number: short, since it goes into each page."""
+    text, seen = io.StringIO(), set()
+    menus = {menu: choice.param.bind.options for menu, choice in choices.items()}
+    writer = csv.writer(text, lineterminator="\n")
+    fields = [f"m{place}" for place in range(len(menus))]
+    writer.writerow([*fields, "bar", "total", *categories, "measured"])
+    for number, row in enumerate(rows):
+        if list(row["parts"]) != categories:
+            raise ValueError(f"row {number} has the parts {', '.join(row['parts'])}; expected {', '.join(categories)}")
+        chosen = [
+            options.index(row["choice"][menu]) if menu in row["choice"] else "" for menu, options in menus.items()
+        ]
+        if (*chosen, row["bar"]) in seen:
+            raise ValueError(f"row {number} is a second bar {row['bar']!r} for {row['choice']}; give each one row")
+        seen.add((*chosen, row["bar"]))
+        measured = row.get("measured")
+        parts = [f"{row['parts'][name]:.1f}" for name in categories]
+        writer.writerow([*chosen, row["bar"], f"{_total(row):.1f}", *parts, f"{measured:.1f}" if measured else ""])
+    kinds = dict.fromkeys([*fields, "total", *categories, "measured"], "number")
+    return altair.InlineData(values=text.getvalue(), format=altair.CsvDataFormat(type="csv", parse=kinds))
 
 
 def check_rows(rows, needed):

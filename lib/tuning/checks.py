@@ -111,24 +111,55 @@ def check_share_held(share_held):
 
 
 def check_without_scale(without_scale):
-    """Chapter 6, exercise 4: `without_scale(A, B, scale, lr)` → A, B, rate that act alike at a scale of 1, for SGD."""
+    """Chapter 6, exercise 4: `without_scale(A, B, scale, lr, decay)` → A, B, rate and decay that act alike at a scale
+    of 1, for AdamW."""
     generator = torch.Generator().manual_seed(0)
-    A, B, G = (torch.randn(shape, generator=generator).double() for shape in ((2, 5), (4, 2), (4, 5)))
-    scale, lr, own = 4.0, 0.01, []
-    start, other_B, rate = without_scale(A.clone(), B.clone(), scale, lr)
+    A, B, wanted = (torch.randn(shape, generator=generator).double() for shape in ((2, 5), (4, 2), (4, 5)))
+    scale, lr, decay, own = 4.0, 0.01, 0.3, []
+    start, other_B, rate, other_decay = without_scale(A.clone(), B.clone(), scale, lr, decay)
     assert _close(other_B @ start, scale * B @ A), (
         "B A at a scale of 1 should be scale · B A: multiply both by its root"
     )
-    for a, b, s, eta in ((A, B, scale, lr), (start, other_B, 1.0, rate)):
-        a, b = a.clone(), b.clone()
-        for _ in range(2):
-            a, b = a - eta * s * b.T @ G, b - eta * s * G @ a.T
-        own.append(s * b @ a)
     assert not math.isclose(rate, lr), "the rate has to change too"
+    for weights, s, eta, shrinks in (((A, B), scale, lr, 0.0), ((start, other_B), 1.0, rate, 0.0)):
+        own.append(_adamw_product(weights, s, eta, shrinks, wanted))
+    assert _close(*own), f"without decay the products differ after three steps: which rate gives √s times {lr}?"
+    own = [
+        _adamw_product((A, B), scale, lr, decay, wanted),
+        _adamw_product((start, other_B), 1.0, rate, other_decay, wanted),
+    ]
     assert _close(*own), (
-        f"after two steps the products differ: with both matrices times √s, which rate gives s times {lr}?"
+        "with decay they differ: a step shrinks a weight by rate times decay, which must stay as it was"
     )
     _right("without_scale")
+
+
+def _adamw_product(weights, scale, lr, decay, wanted, steps=3):
+    """scale · B A after some steps of AdamW towards a matrix."""
+    A, B = (nn.Parameter(weight.clone()) for weight in weights)
+    optimizer = torch.optim.AdamW([A, B], lr=lr, weight_decay=decay, eps=1e-30)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (scale * B @ A - wanted).square().sum().backward()
+        optimizer.step()
+    return (scale * B @ A).detach()
+
+
+def check_balanced(balanced):
+    """Chapter 6, exercise 5: `balanced(A, B)`: factors with the same product, and A Aᵀ = Bᵀ B."""
+    generator = torch.Generator().manual_seed(0)
+    for out, rank, size in ((7, 2, 5), (4, 3, 9)):
+        A = torch.randn(rank, size, generator=generator).double()
+        B = 100 * torch.randn(out, rank, generator=generator).double()
+        new_A, new_B = balanced(A.clone(), B.clone())
+        _tensor(new_A, A.shape, "A")
+        _tensor(new_B, B.shape, "B")
+        assert _close(new_B @ new_A, B @ A), "the product changed; it must stay B A"
+        assert not _close(new_A, A), "A is as it was"
+        assert _close(new_A @ new_A.T, new_B.T @ new_B), (
+            "A Aᵀ and Bᵀ B differ: give each factor the square root of the singular values"
+        )
+    _right("balanced")
 
 
 def check_added(added):

@@ -107,6 +107,33 @@ def paired_interval(gains, same_items, rounds=2000, level=0.95, seed=0):
     return low.item(), high.item()
 
 
+def as_hits(recorded):
+    """Recorded hits, a text with 1 for each item that was right and 0 for each that was not, as (n,) float64."""
+    return torch.tensor([int(hit) for hit in recorded]).double()
+
+
+def difference(one, other):
+    """How many more of the same items one method has right than another, as a text with its interval of 95 %.
+
+    Args:
+        one, other: the recorded hits of each, a text a seed, as `as_hits` takes them.
+
+    Returns:
+        E.g. "+48 (+26 to +70)": items, the mean over seeds, and its `paired_interval`.
+
+    Raises:
+        ValueError: not as many seeds, or not as many items.
+    """
+    runs = [[as_hits(hits) for hits in method] for method in (one, other)]
+    counts = [[len(hits) for hits in method] for method in runs]
+    if counts[0] != counts[1] or len(set(counts[0])) != 1:
+        raise ValueError(f"runs with {counts[0]} and {counts[1]} items cannot be paired; give the same items and seeds")
+    gaps = [mine - theirs for mine, theirs in zip(*runs, strict=True)]
+    low, high = paired_interval(gaps, same_items=True)
+    n = counts[0][0]
+    return f"{n * torch.cat(gaps).mean():+.0f} ({n * low:+.0f} to {n * high:+.0f})"
+
+
 def p_at_1(hits):
     """P@1 with its interval, as a row: {"p_at_1", "low", "high", "n"}."""
     low, high = bootstrap_interval(hits)

@@ -27,6 +27,25 @@ ONE_TO_ONE = (
 )
 
 
+class WideProduct(torch.autograd.Function):
+    """x A^T in A's dtype. What is kept for backward is x as it came, and not its wider copy.
+
+    The same numbers as `F.linear(x.to(A.dtype), A)`, since widening loses nothing and can be done again. Layers that
+    read one x then keep it once between them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A):
+        ctx.save_for_backward(x, A)
+        return F.linear(x.to(A.dtype), A)  # (..., rank)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, A = ctx.saved_tensors
+        to_x = (grad @ A).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return to_x, grad.reshape(-1, len(A)).T @ x.reshape(-1, A.shape[1]).to(A.dtype)
+
+
 class LoRA(nn.Module):
     """One adapter: the map x -> scale · B A x, which starts as zero (section 4.1).
 
@@ -35,7 +54,8 @@ class LoRA(nn.Module):
         rank: r; alpha: α. The scale is α/r, or α/√r with `rslora` (arXiv 2312.03732).
         dropout: the probability with which a number of x is dropped in training.
 
-    `A` is (rank, in), drawn as in the authors' code; `B` is (out, rank), zero. Both are float32.
+    `A` is (rank, in), drawn as in the authors' code; `B` is (out, rank), zero. Both are float32. Of an input in 16 bits
+    no copy is kept for backward, unless there is dropout or autocast: these make one of their own.
     """
 
     def __init__(self, in_features, out_features, rank, alpha, dropout=0.0, rslora=False):
@@ -48,8 +68,12 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
-        x = self.dropout(x.to(self.A.dtype))  # (..., in)
-        return F.linear(F.linear(x, self.A) * self.scale, self.B)  # (..., out)
+        dropped = self.training and self.dropout.p
+        if x.dtype == self.A.dtype or dropped or torch.is_autocast_enabled(x.device.type):
+            low = F.linear(self.dropout(x.to(self.A.dtype)), self.A)  # (..., rank)
+        else:
+            low = WideProduct.apply(x, self.A)
+        return F.linear(low * self.scale, self.B)  # (..., out)
 
     def delta(self):
         """ΔW = scale · B A, (out, in)."""

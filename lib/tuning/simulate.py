@@ -4,23 +4,25 @@
 by side, so it imports them.
 """
 
+from functools import partial
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from .lomo import AdaLomo, Bookkeeping, Lomo
 from .lora import LoRA, add_lora
-from .memory import LLAMA, LiveBytes
+from .memory import MODELS, LiveBytes, Shape
 from .nf4 import SCALE_BLOCK, Quantized, dynamic_map_on, pairs_on
 from .p_tuning import PromptEncoder
 from .qlora import Linear4bit, linear_layers, prepare_for_training
-from .training import checkpoint_activations
+from .training import checkpoint_activations, chunked_loss
 
 BATCH, LENGTH = 8, 512
-RANK, ALPHA, PROMPT = 64, 16, 20
+ALPHA = 16
 DTYPE = torch.bfloat16  # as many bytes as the paper's float16, and it needs no loss scale
 
 
@@ -50,45 +52,48 @@ class MixedPrecision(torch.optim.Optimizer):
 
 FULL = {
     "AdamW": lambda model: MixedPrecision(model.parameters(), 1e-5, adam=True),
+    "AdamW, 16-bit": lambda model: torch.optim.AdamW(model.parameters(), 1e-5, fused=True),
     "SGD": lambda model: MixedPrecision(model.parameters(), 1e-5, adam=False),
     "LOMO": lambda model: Lomo(model, 1e-5),
     "AdaLomo": lambda model: AdaLomo(model, 1e-5),
 }
-SHAPES = {"1B": (2048, 5504, 16)} | LLAMA  # the first is nobody's
+SHAPES = {"1B": Shape(2048, 5504, 16)} | MODELS  # the first is nobody's
 
 
-def llama_config(shape, attention="sdpa"):
-    """Of a LLaMA with (hidden size, inner size, layers); heads of 128, as in all sizes from 7B to 65B."""
-    hidden, inner, layers = shape
-    return LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 128),
-        tie_word_embeddings=False,
+def config_of(shape, attention="sdpa"):
+    """transformers' configuration of a `Shape`: a Qwen3's if queries and keys are normalized, else a LLaMA's."""
+    kind = Qwen3Config if shape.qk_norms else LlamaConfig
+    return kind(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        tie_word_embeddings=shape.tied,
         attn_implementation=attention,
     )
 
 
-def llama(shape, attention="sdpa"):
-    """A LLaMA of this shape, in 16 bits."""
-    return LlamaForCausalLM._from_config(llama_config(shape, attention), dtype=DTYPE).train()
+def untrained(shape, attention="sdpa"):
+    """A model of this `Shape` with random weights, in 16 bits."""
+    return AutoModelForCausalLM.from_config(config_of(shape, attention), dtype=DTYPE).train()
 
 
-def prepare(model, method, rank=RANK, prompt=PROMPT):
+def prepare(model, setting):
     """Make a model ready for a method: `(optimizer, inputs, whole)`: `inputs(ids)` is what it is called with."""
-    weights, whole = model.parameters(), model
+    weights, whole, method = model.parameters(), model, setting.method
     if method in FULL:
         return FULL[method](model), lambda ids: {"input_ids": ids, "labels": ids}, model
     model.requires_grad_(False)
     if method == "P-tuning":
-        encoder = PromptEncoder(prompt, model.config.hidden_size)
+        encoder = PromptEncoder(setting.prompt, model.config.hidden_size)
         weights, whole = encoder.parameters(), nn.ModuleList([model, encoder])
 
         def inputs(ids):
             vectors = encoder().to(DTYPE).expand(len(ids), -1, -1)
-            labels = torch.cat([ids.new_full((len(ids), prompt), -100), ids], dim=1)
+            labels = torch.cat([ids.new_full((len(ids), setting.prompt), -100), ids], dim=1)
             return {"inputs_embeds": torch.cat([vectors, model.get_input_embeddings()(ids)], dim=1), "labels": labels}
 
     else:
@@ -96,7 +101,13 @@ def prepare(model, method, rank=RANK, prompt=PROMPT):
             for path, layer in linear_layers(model).items():
                 model.set_submodule(path, Linear4bit(empty_codes(layer.weight)))
             prepare_for_training(model, checkpointing=False)
-        add_lora(model, rank=rank, alpha=ALPHA)
+        add_lora(model, rank=setting.rank, alpha=ALPHA)
+        if setting.adapters == "copies":
+            for adapter in (module for module in model.modules() if isinstance(module, LoRA)):
+                adapter.forward = partial(with_copies, adapter)
+        if setting.adapters == "bfloat16":
+            for weight in model.parameters():
+                weight.data = weight.data.to(DTYPE)
         model.enable_input_require_grads()  # checkpointing asks for it
 
         def inputs(ids):
@@ -115,11 +126,18 @@ def empty_codes(weight, block_size=64):
     return Quantized(codes, scales, second, weight.shape, weight.dtype, "nf4", block_size)
 
 
-def step(model, optimizer, batch, note=lambda text: None):
-    """One training step; `note` is told where backward and the optimizer's own step begin."""
-    four_bits = any(isinstance(layer, Linear4bit) for layer in model.modules())
-    with torch.autocast(model.device.type, DTYPE, enabled=four_bits):
-        loss = model(**batch, use_cache=False).loss
+def loss_of(model, batch, chunk=None, autocast=False):
+    """The loss of a batch, as transformers computes it, or in chunks of this many tokens."""
+    with torch.autocast(model.device.type, DTYPE, enabled=autocast):
+        if chunk is None:
+            return model(**batch, use_cache=False).loss
+        labels = batch.pop("labels")
+        states = model.model(**batch, use_cache=False).last_hidden_state  # (batch, seq, hidden)
+        return chunked_loss(states, model.lm_head.weight, labels, chunk)
+
+
+def step(optimizer, loss, note=lambda text: None):
+    """Backward and update; `note` is told where backward and the optimizer's own step begin."""
     note("backward")
     if isinstance(optimizer, Lomo | AdaLomo):
         optimizer.backward(loss)
@@ -132,19 +150,26 @@ def step(model, optimizer, batch, note=lambda text: None):
         optimizer.zero_grad()
 
 
-def simulate(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
-    """`LiveBytes` of the second step, with fake tensors: shapes and dtypes only, nothing is allocated or computed."""
+def with_copies(adapter, x):
+    """`LoRA.forward` as peft has it: the input's copy in float32 is kept for backward."""
+    return F.linear(F.linear(x.to(adapter.A.dtype), adapter.A) * adapter.scale, adapter.B)
+
+
+def simulate(setting, attention="sdpa"):
+    """`LiveBytes` of a `Setting`'s second step, with fake tensors: shapes and dtypes, nothing allocated or computed."""
     dynamic_map_on(torch.device("cpu"))  # made of real numbers
     pairs_on(torch.device("cpu"), "nf4")
     stay = mock.patch.object(LoRA, "to", lambda adapter, device: adapter)  # fake tensors cannot be moved
     unseen = mock.patch.object(Bookkeeping, "is_finite", lambda optimizer, grad: True)  # nor looked at
-    with FakeTensorMode(allow_non_fake_inputs=True), stay, unseen:
-        model = llama(shape, attention)
-        optimizer, inputs, whole = prepare(model, method)
-        if checkpointing:
+    # transformers looks whether several texts are packed in a row; where it cannot look, it would make a mask.
+    unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with FakeTensorMode(allow_non_fake_inputs=True), stay, unseen, unpacked:
+        model = untrained(setting.shape, attention)
+        optimizer, inputs, whole = prepare(model, setting)
+        if setting.checkpointing:
             checkpoint_activations(model)
-        ids = torch.zeros(batch, length, dtype=torch.long)
-        step(model, optimizer, inputs(ids))
+        ids = torch.zeros(setting.batch, setting.length, dtype=torch.long)
+        step(optimizer, loss_of(model, inputs(ids), setting.chunk, setting.autocast))
         with LiveBytes(whole, optimizer) as live:
-            step(model, optimizer, inputs(ids), live.note)
+            step(optimizer, loss_of(model, inputs(ids), setting.chunk, setting.autocast), live.note)
     return live

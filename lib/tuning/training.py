@@ -6,14 +6,17 @@ The loop: AdamW, warm-up and linear decay, early stop on dev, gradient accumulat
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint as recompute
 
 from .runs import Run, Settings, trainable
 
 __all__ = [
     "Classifier",
     "batch_rows",
+    "chunked_loss",
     "last_token",
     "mean_of_tokens",
     "optimizer_for",
@@ -170,6 +173,40 @@ def train(
             run.note(loss.item(), norm.item())
     trained.eval()
     return run.finish()
+
+
+def chunked_loss(states, weight, labels, size=1024):
+    """The mean cross-entropy of next tokens, with the logits of `size` tokens at a time; backward makes them again.
+
+    Args:
+        states: (batch, seq, hidden), the last hidden states; weight: (vocabulary, hidden), of the output layer.
+        labels: (batch, seq), the tokens themselves; what follows is predicted from each. -100 is left out.
+
+    Returns:
+        A scalar, in float32 at least; NaN if all labels are left out, as torch's mean over nothing.
+
+    Raises:
+        ValueError: a size that is not positive, or labels of another shape than the states.
+    """
+    _check_chunks(states, labels, size)
+    labels = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()  # the last token of a row has no next
+
+    def summed(states, labels):
+        logits = F.linear(states, weight)  # (size, vocabulary)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    chunks = zip(states.flatten(0, 1).split(size), labels.split(size), strict=True)
+    losses = [recompute(summed, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.stack(losses).sum() / (labels != -100).sum()
+
+
+def _check_chunks(states, labels, size):
+    if size < 1 or labels.shape != states.shape[:-1]:
+        raise ValueError(
+            f"expected a positive size and a label for each state, got {size}, "
+            f"labels {tuple(labels.shape)} and states {tuple(states.shape)}"
+        )
 
 
 def restore_states(optimizer, state_dict, place):

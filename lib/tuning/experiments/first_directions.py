@@ -6,9 +6,9 @@ All weights are tuned to the country of a city as in the ledger (its prompt, rat
 of each linear layer is taken apart by its singular values, and parts of it are put back into the untrained model: the
 first terms, at several ranks, and controls. Beside them stand adapters of ranks 1 and 8, trained, and the spectra.
 
-Controls: the whole change of the linear layers shortened to the length of its first terms (over all layers); the change
-without its first terms; eight random directions of each layer's input; and these drawn out to the length of the first
-eight terms.
+Controls: the whole change of the linear layers shortened to the length of its first terms (over all layers), and the
+first terms drawn out to the length of the whole; the change without its first terms; eight random directions of each
+layer's input; and these drawn out to the length of the first eight terms.
 """
 
 import math
@@ -38,8 +38,8 @@ def length(parts, start=0, end=None):
     return math.sqrt(sum(sigma[start:end].square().sum().item() for _, sigma, _ in parts.values()))
 
 
-def first(rank):
-    return lambda U, sigma, Vt: (U[:, :rank] * sigma[:rank]) @ Vt[:rank]
+def first(rank, factor=1.0):
+    return lambda U, sigma, Vt: factor * ((U[:, :rank] * sigma[:rank]) @ Vt[:rank])
 
 
 def without_first(rank):
@@ -69,7 +69,8 @@ def kinds_of(parts, seed):
     found |= {"linear layers": shortened(1.0), "nothing": shortened(0.0)}
     for rank in (1, 8):
         found[f"shortened as first {rank}"] = shortened(length(parts, 0, rank) / whole)
-        found[f"without first {rank}"] = without_first(rank)
+        found[f"first {rank}, drawn out"] = first(rank, whole / length(parts, 0, rank))
+    found |= {f"without first {rank}": without_first(rank) for rank in (1, 8, 64)}
     found["8 random"] = in_random_directions(8, seed, drawn_out=False)
     return found | {"8 random, drawn out": in_random_directions(8, seed, drawn_out=True)}
 

@@ -9,28 +9,103 @@ master weights) beside LOMO, with and without activation checkpointing.
 
 import gc
 import time
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import product
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
-from ..memory import METHODS, PeakMemory
-from ..simulate import BATCH, FULL, LENGTH, SHAPES, llama, simulate, step
+from ..memory import METHODS, PeakMemory, Setting, Shape
+from ..simulate import BATCH, FULL, LENGTH, SHAPES, loss_of, simulate, step, untrained
 from ..training import checkpoint_activations
 from .record import Recorder, option_parser
 
-TOY = {"toy": (128, 256, 2)}
+TOY = {"toy": Shape(128, 256, 2)}
 
 
-def simulated(shape, method, checkpointing, attention="sdpa", batch=BATCH, length=LENGTH):
-    """Bytes by category at the simulated peak, and the largest of each category in the step."""
-    live = simulate(shape, method, checkpointing, attention, batch, length)
-    return {"peak": live.peak, "largest": live.largest}
+def simulated(setting, way="sdpa"):
+    """Bytes by category at the simulated peak, the largest of each in the step, and `forward_minus_before`.
+
+    Args:
+        way: today's attention, "sdpa" or "eager"; or "2023", as in `as_in_2023`.
+    """
+    with as_in_2023() if way == "2023" else nullcontext():
+        live = simulate(setting, "eager" if way == "2023" else way)
+    return {"peak": live.peak, "largest": live.largest, "forward minus before": forward_minus_before(live)}
+
+
+def forward_minus_before(live):
+    """Bytes alive after forward that were not before: activations, as table 1's authors measured them.
+
+    Args:
+        live: what `simulate` gives.
+    """
+    place = next(place for place, text in live.notes.items() if text == "backward")
+    return sum(live.timeline[place]) - sum(live.timeline[0])  # its first operation makes four bytes
+
+
+def kept_in_2023(shape, length):
+    """Bytes that a layer of `as_in_2023` keeps of each token without checkpointing, by what keeps them."""
+    hidden, scores = shape.hidden, shape.heads * length
+    return {
+        "norms": 2 * (4 + 2 + 2 + 2) * hidden,  # input in 32 bits and in 16; result before the weight, and after
+        "queries, keys, values, output": 8 * hidden,
+        "cache": 4 * hidden,
+        "scores": (2 + 4 + 2) * scores,  # before the maximum; softmax in 32 bits, and in 16
+        "MLP": 8 * shape.inner,
+    }
+
+
+@contextmanager
+def as_in_2023():
+    """Let `simulate(setting, "eager")` run what transformers' LLaMA (4.28) and the authors' loop ran.
+
+    Attention is as the code of that year has it; the rest was written down as remembered, and compared with nothing.
+
+    Beside today's eager attention a layer then keeps the scores before their maximum with the lowest number; each
+    norm its input in 16 bits; without checkpointing keys and values for a cache that training does not need. The loop
+    keeps all that the model has given back, and the loss is computed in 16 bits.
+    """
+    llama, own = "transformers.models.llama.modeling_llama", "tuning.simulate.loss_of"
+    patches = {
+        f"{llama}.eager_attention_forward": attention_of_2023,
+        f"{llama}.LlamaRMSNorm.forward": norm_of_2023,
+        own: loss_of_2023,
+    }
+    with ExitStack() as stack:
+        for name, replacement in patches.items():
+            stack.enter_context(mock.patch(name, replacement))
+        yield
+
+
+def attention_of_2023(module, query, key, value, attention_mask, scaling, **_):
+    module.cached = (key, value) if module.config.use_cache else None
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask  # (batch, heads, seq, seq)
+    scores = torch.maximum(scores, torch.full((), torch.finfo(scores.dtype).min, dtype=scores.dtype))
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def norm_of_2023(norm, x):
+    variance = x.float().square().mean(-1, keepdim=True)
+    return norm.weight * (x * torch.rsqrt(variance + norm.variance_epsilon)).to(norm.weight.dtype)
+
+
+def loss_of_2023(model, batch, *_):
+    model.config.use_cache = not any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    found = model(input_ids=batch["input_ids"], use_cache=False)  # today's cache would share what attention keeps
+    logits = found.logits[:, :-1].contiguous()  # (batch, seq - 1, vocabulary)
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    loss.found = found  # alive as long as the loss
+    return loss
 
 
 def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
     """Peak bytes and seconds of a step with random weights, activations checkpointed: on a GPU, or on the CPU."""
     device = torch.device(device)
     with torch.device(device):
-        model = llama(shape)
+        model = untrained(shape)
         ids = torch.randint(0, 32_000, (batch, length), generator=torch.Generator(device).manual_seed(0))
     checkpoint_activations(model)
     if method == "lomo-optim":
@@ -43,7 +118,7 @@ def measure(shape, method, device, batch=BATCH, length=LENGTH, steps=3):
     with PeakMemory(device) as memory:
         for _ in range(steps):
             start = time.perf_counter()
-            step(model, optimizer, {"input_ids": ids, "labels": ids})
+            step(optimizer, loss_of(model, {"input_ids": ids, "labels": ids}))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             found["seconds"].append(time.perf_counter() - start)
@@ -85,17 +160,18 @@ def main(arguments=None):
     else:
         short, long = (options.batch, options.length), (1, options.batch * options.length // 2)
         cases = [(*short, True), (*short, False), (*long, True)]
-        total = len(sizes) * len(METHODS) * len(cases) + len(sizes[:2])
+        total = len(sizes) * len(METHODS) * len(cases) + 4 * len(sizes[:2])
         recorder = Recorder("lomo_memory", options.out, torch.device("cpu"), total, save=options.save, **settings)
         for name in sizes:
             for method in METHODS:
                 for batch, length, checkpointing in cases:
-                    run = (shapes[name], method, checkpointing, "sdpa", batch, length)
+                    run = Setting(method, shapes[name], batch, length, checkpointing)
                     key = f"{name}/{method}/{'with' if checkpointing else 'without'} checkpointing/{batch}x{length}"
-                    recorder.piece(key, lambda r=run: simulated(*r))
-        for name in sizes[:2]:
-            run = (shapes[name], "LOMO", False, "eager", *short)
-            recorder.piece(f"{name}/LOMO/eager attention/{short[0]}x{short[1]}", lambda r=run: simulated(*r))
+                    recorder.piece(key, lambda r=run: simulated(r))
+        for name, way, checkpointing in product(sizes[:2], ("eager", "2023"), (True, False)):
+            run = Setting("LOMO", shapes[name], *short, checkpointing)
+            key = f"{name}/LOMO/{way}, {'with' if checkpointing else 'without'} checkpointing/{short[0]}x{short[1]}"
+            recorder.piece(key, lambda r=run, w=way: simulated(r, w))
     recorder.finish()
 
 

@@ -13,14 +13,14 @@ import time
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ..lora import add_lora
-from ..memory import LLAMA, PeakMemory
+from ..memory import LLAMA, MODELS, PeakMemory
 from ..models import default_device, default_dtype
 from ..nf4 import quantize, quantize_scales
 from ..qlora import Linear4bit, PagedAdamW, linear_layers, prepare_for_training
-from ..simulate import llama_config
+from ..simulate import config_of
 from .lomo_memory import TOY
 from .record import Recorder, option_parser
 
@@ -30,7 +30,7 @@ RANK, ALPHA, LENGTH, STEPS = 64, 16, 512, 4
 def build(shape, whose, device, dtype):
     """A LLaMA of this shape with random weights in four bits; never whole in 16."""
     with init_empty_weights():
-        model = LlamaForCausalLM(llama_config(shape))
+        model = AutoModelForCausalLM.from_config(config_of(shape))
     four_bit = ours if whose == "ours" else theirs
     torch.manual_seed(0)
     for path, layer in linear_layers(model).items():
@@ -128,8 +128,8 @@ def main(arguments=None):
     recorder = Recorder("qlora_memory", options.out, device, 2 * len(options.sizes), save=options.save, **settings)
     for whose in ("ours", "bitsandbytes"):  # so that ours are there, whatever becomes of the other
         for size in options.sizes:
-            shape = (LLAMA | TOY)[size]
-            rank = min(RANK, shape[0] // 2)
+            shape = (MODELS | TOY)[size]
+            rank = min(RANK, shape.hidden // 2)
             run_it = (shape, whose, device, dtype, options.length, rank, options.steps)
             recorder.piece(f"{size}/{whose}", lambda r=run_it: measure(*r))
     recorder.finish()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluate import paired_interval
+from ..evaluate import as_hits, paired_interval
 from ..files import write_json
 
 PACKAGE = Path(__file__).parents[1]
@@ -159,10 +159,7 @@ def provenance_line(recorded):
 
 def gain(runs, one, other, seeds=(0, 1, 2)):
     """How much more of the test sentences one method has right than another: the mean over seeds, and its interval."""
-    hits = [
-        [torch.tensor([int(hit) for hit in runs[f"run/{method}/{seed}"]["hits"]]).double() for seed in seeds]
-        for method in (one, other)
-    ]
+    hits = [[as_hits(runs[f"run/{method}/{seed}"]["hits"]) for seed in seeds] for method in (one, other)]
     gains = [a - b for a, b in zip(*hits, strict=True)]
     return (torch.cat(gains).mean().item(), *paired_interval(gains, same_items=True))
 
