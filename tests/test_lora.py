@@ -517,13 +517,13 @@ def test_a_merged_layer_is_the_bare_one():
 @pytest.mark.parametrize(("sizes", "rank", "alpha"), [((12, 20), 4, 12), ((7, 5), 1, 3), ((16, 16), 8, 8)])
 def test_chapter_6s_small_class_is_the_librarys_adapter_beside_a_layer(sizes, rank, alpha):
     WithLoRA = defined(read(ROOT / "book/2-lora/6-lora.ipynb"), "WithLoRA", {"nn": nn, "torch": torch})
-    base, adapter = nn.Linear(*sizes), LoRA(*sizes, rank, alpha)
-    small_one = WithLoRA(base, rank, alpha)
+    base, adapter = nn.Linear(*sizes).double(), LoRA(*sizes, rank, alpha).double()
+    small_one = WithLoRA(base, rank, alpha).double()
     assert small_one.A.abs().max() <= sizes[0] ** -0.5 and not small_one.B.any()
     fill(adapter, seed=1)
     for name in "AB":
         getattr(small_one, name).data.copy_(getattr(adapter, name))
-    x = torch.randn(2, 3, sizes[0])
+    x = torch.randn(2, 3, sizes[0]).double()  # both sum in another order, which float32 would show
     torch.testing.assert_close(small_one(x), base(x) + adapter(x))
     small_one(x).square().sum().backward()
     (base(x) + adapter(x)).square().sum().backward()
