@@ -12,13 +12,30 @@ from matplotlib.path import Path
 from matplotlib.text import Text
 from test_plots import in_the_dark, lightness, luminance
 from tuning import drawings
-from tuning.drawings import FROZEN, PHONE, SENT, TRAINED, Drawing, attention, book_map, four_places, lora, p_tuning
+from tuning.drawings import (
+    FROZEN,
+    PHONE,
+    SENT,
+    TRAINED,
+    Drawing,
+    attention,
+    book_map,
+    four_places,
+    lora,
+    p_tuning,
+    prompt_in_front,
+    template,
+)
 
 DRAWINGS = {
     "lora": lambda: lora(538_060_032, 9_768_960),
     "attention": lambda: attention(["The", "bank", "of", "the", "river"]),
     "p_tuning": p_tuning,
     "four_places": four_places,
+    "template": template,
+    "prompt_in_front": prompt_in_front,
+    "prompt_in_front of one": lambda: prompt_in_front(1),
+    "prompt_in_front of six": lambda: prompt_in_front(6),
 }
 every = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -35,7 +52,7 @@ def ticks(axes):
 
 
 def test_every_drawing_is_tried_here():
-    assert set(DRAWINGS) == set(drawings.__all__) - {"Drawing", "book_map"}
+    assert {name.split()[0] for name in DRAWINGS} == set(drawings.__all__) - {"Drawing", "book_map"}
 
 
 @every
@@ -135,6 +152,36 @@ def test_a_text_too_wide_for_its_place_is_refused():
         attention(["The", "incomprehensibilities", "of", "the", "river"])
     with pytest.raises(ValueError, match="at least three tokens"):
         attention(["The", "bank"])
+
+
+def fills(figure, look):
+    """The boxes of a figure that have a look's fill."""
+    wanted = to_rgb(look["facecolor"])
+    return [box for box in figure.findobj(Rectangle) if box.get_linewidth() and box.get_facecolor()[:3] == wanted]
+
+
+def test_each_token_of_a_template_has_a_vector_and_nothing_is_trained():
+    figure = template().figure
+    tokens = [box for box in fills(figure, SENT) if box.get_y() < 300]
+    vectors = {round(box.get_x() + box.get_width() / 2) for box in fills(figure, FROZEN) if box.get_width() < 30}
+    assert vectors == {round(box.get_x() + box.get_width() / 2) for box in tokens} and len(vectors) == 5
+    assert not fills(figure, TRAINED)
+
+
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_as_many_vectors_are_kept_as_are_trained(length):
+    drawing = prompt_in_front(length)
+    trained = fills(drawing.figure, TRAINED)
+    above = {box.get_x() for box in trained if box.get_y() > 100}
+    kept = {box.get_x() for box in trained if box.get_y() < 100}
+    assert len(above) == len(kept) == length
+    assert f"({length}, hidden)" in drawing.alt
+
+
+@pytest.mark.parametrize("length", [0, 7])
+def test_more_trained_vectors_than_have_room_are_refused(length):
+    with pytest.raises(ValueError, match="1 to 6 trained vectors"):
+        prompt_in_front(length)
 
 
 # --- the map

@@ -14,7 +14,7 @@ from matplotlib.textpath import TextPath
 
 from .plots import COLORS, STYLE, SVG
 
-__all__ = ["Drawing", "attention", "book_map", "four_places", "lora", "p_tuning"]
+__all__ = ["Drawing", "attention", "book_map", "four_places", "lora", "p_tuning", "prompt_in_front", "template"]
 
 PHONE = 350  # px
 WIDTH = 4.8  # inches
@@ -207,6 +207,90 @@ def p_tuning():
         "through the same MLP, orange too, and become the vectors h0 to h5. These stand around the subject, e(Osaka), "
         "three on each side, in the input of the frozen language model, grey and locked. Behind the last it answers: "
         "Japan.",
+    )
+
+
+def vector(axes, x, y, look, width=24, height=52):
+    """An embedding: a standing row of four numbers around x, with its lower side at y."""
+    for row in range(4):
+        box(axes, x - width / 2, y + row * height / 4, width, height / 4, look)
+
+
+def template():
+    """A template as a function: the subject goes in, tokens come out, and their vectors go to the frozen network."""
+    axes = sheet(350)
+    columns = (("The", 92), ("capital", 148), ("of", 204), ("Britain", 260), ("is", 316))
+    for y, name in (
+        (335, "subject"),
+        (282, "template"),
+        (225, "tokens"),
+        (154, "vectors"),
+        (136, "(seq,"),
+        (120, "hidden)"),
+    ):
+        write(axes, 2, y, name, 12, ha="left")
+    box(axes, 201, 323, 58, 24, SENT, "Britain")
+    arrow(axes, (230, 321), (230, 297))  # to [X]
+    box(axes, 66, 269, 276, 26, COMPUTED, "The capital of [X] is [Y].")
+    arrow(axes, (204, 267), (204, 242))
+    for word, x in columns:
+        box(axes, x - 26, 213, 52, 24, SENT, word)
+        arrow(axes, (x, 211), (x, 175))
+        vector(axes, x, 119, FROZEN)
+        arrow(axes, (x, 117), (x, 97))
+    box(axes, 66, 58, 276, 36, FROZEN, "frozen language model")
+    lock(axes, 326, 76)
+    arrow(axes, (316, 56), (316, 32))
+    write(axes, 316, 20, "London?")
+    return Drawing(
+        axes.figure,
+        "The subject, Britain, goes into the template, The capital of [X] is [Y]., in the place of [X]. Out come five "
+        "tokens: The, capital, of, Britain, is. Each has a vector beneath it, and the five together are a matrix of "
+        "shape (seq, hidden). The frozen language model, grey and locked, reads them. Behind the last token, where [Y] "
+        "would stand, its answer is read: London?",
+    )
+
+
+def prompt_in_front(length=4):
+    """A prompt as a matrix: trained vectors in front of a subject's, and beneath them what is kept for the task.
+
+    Args:
+        length: how many vectors are trained, 1 to 6.
+    """
+    if not 1 <= length <= 6:
+        raise ValueError(f"1 to 6 trained vectors have room beside the subject; got {length}")
+    axes = sheet(332)
+    step = PHONE / (length + 2)
+    write(axes, length * step / 2, 318, "trained, no words" if length > 2 else "trained")
+    for column in range(length + 2):
+        x, ours = (column + 0.5) * step, column < length
+        if ours:
+            write(axes, x, 284, f"$h_{column}$")
+        else:
+            box(axes, x - step / 2 + 2, 272, step - 4, 24, SENT, ("New", "Delhi")[column - length])
+            arrow(axes, (x, 270), (x, 250))
+        vector(axes, x, 194, TRAINED if ours else FROZEN)
+        arrow(axes, (x, 192), (x, 172))
+    write(axes, (length + 1) * step, 318, "subject")
+    box(axes, 2, 134, 346, 36, FROZEN, "frozen language model")
+    lock(axes, 332, 152)
+    arrow(axes, (PHONE - step / 2, 132), (PHONE - step / 2, 108))
+    write(axes, PHONE - step / 2, 96, "India")
+
+    write(axes, 2, 38, "what\nyou keep", ha="left")
+    parcel(axes, 90, 10, 56)
+    for column in range(length):
+        width = 44 / length
+        vector(axes, 96 + (column + 0.5) * width, 16, TRAINED, width, 44)
+    rows = "1 vector" if length == 1 else f"{length} vectors"
+    write(axes, 158, 38, f"{rows} a task,\na matrix ({length}, hidden)", ha="left")
+    return Drawing(
+        axes.figure,
+        f"In front of the frozen language model, grey and locked, stand vectors side by side. First {rows}, h0"
+        + (f" to h{length - 1}" if length > 1 else "")
+        + ", orange: trained, with no words above them. Then the vectors of the subject's tokens, New and Delhi, grey. "
+        "Behind the last token the model answers: India. Below, what you keep for a task: the orange matrix alone, of "
+        f"shape ({length}, hidden).",
     )
 
 
