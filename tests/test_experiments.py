@@ -29,7 +29,7 @@ from tuning.experiments import (
     qlora_memory,
     record,
 )
-from tuning.models import load_lm
+from tuning.models import load_encoder, load_lm
 from tuning.nf4 import dequantize, quantize
 from tuning.prompts import allowed_tokens
 from tuning.qlora import quantize_model
