@@ -8,9 +8,8 @@ from tuning.experiments import learned_prompts, record
 def test_runs_small_and_agrees_with_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(learned_prompts, "SEEDS", (0, 1))
     monkeypatch.setattr(learned_prompts, "RATES", (0.3,))
-    monkeypatch.setattr(learned_prompts, "LENGTHS", (1,))
     monkeypatch.setattr(learned_prompts, "PLACES", 3)
-    learned_prompts.main(["--limit", "16", "--steps", "2", "--out", str(tmp_path)])
+    learned_prompts.main(["--limit", "16", "--steps", "2", "--lengths", "1", "--out", str(tmp_path)])
     found = record.load_results("learned_prompts", tmp_path)["results"]
     run = found["from the prompt/0"]
     vectors = torch.tensor(run["vectors"])

@@ -99,13 +99,15 @@ def of_length(name, task, length, lr, steps, test, limit=None):
 
 
 def main(arguments=None):
-    options = option_parser(__doc__, ledger.STEPS).parse_args(arguments)
+    parser = option_parser(__doc__, ledger.STEPS)
+    parser.add_argument("--lengths", nargs="*", type=int, default=LENGTHS, help="other lengths to train")
+    options = parser.parse_args(arguments)
     name, limit, steps, task = options.model, options.limit, options.steps, ledger.TASK
     pieces = load_results("ledger")["results"]
     template = pieces["asked"]["template"]
     rates = {kind: pieces[f"run/{method}/0"]["lr"] for kind, method in STARTS.items()}
     settings = {"model": name, "task": task, "steps": steps, "limit": limit, "template": template, "rates": rates}
-    total = len(STARTS) * len(SEEDS) + 3 + len(LENGTHS) * (len(RATES) + 1)
+    total = len(STARTS) * len(SEEDS) + 3 + len(options.lengths) * (len(RATES) + 1)
     recorder = Recorder("learned_prompts", options.out, torch.device("cpu"), total, save=options.save, **settings)
     ends = {}
     for kind, method in STARTS.items():
@@ -119,7 +121,7 @@ def main(arguments=None):
     for one, other in lines:
         between = [ends[end]["vectors"] for end in (one, other)]
         recorder.piece(f"line/{one}/{other}", line, name, task, ends[one]["template"], *between, limit)
-    for length in LENGTHS:
+    for length in options.lengths:
         swept = {}
         for lr in RATES:
             key = f"length/{length}/{lr:g}"
