@@ -103,6 +103,33 @@ def test_encoder():
     assert states.shape == (1, 4, 384)
 
 
+def test_a_classifier_has_a_head_for_its_labels(tiny_bert, tmp_path):
+    def head(labels, name, seed=0):
+        torch.manual_seed(seed)
+        model, tokenizer = models.load_classifier(labels, name, device="cpu")
+        assert model.config.id2label == dict(enumerate(labels)) and not model.training
+        assert tokenizer.model_max_length == 40 and model.dtype == torch.float32
+        return model, model.classifier.weight
+
+    model, weight = head(["bad", "good"], tiny_bert)
+    assert weight.shape == (2, 32) and torch.equal(weight, head(["bad", "good"], tiny_bert)[1])
+    assert not torch.equal(weight, head(["bad", "good"], tiny_bert, seed=1)[1])
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+    assert torch.equal(weight, head(["bad", "good"], tmp_path, seed=1)[1])  # the saved one
+    assert head(["bad", "fair", "good"], tmp_path)[1].shape == (3, 32)  # a new one, where the saved one does not fit
+
+
+def test_the_default_encoder_as_a_classifier(capfd):
+    model, tokenizer = models.load_classifier(["bad", "good"], device="cpu")
+    assert model.name_or_path == models.HUB_IDS["minilm"] and tokenizer.model_max_length == 512
+    assert torch.equal(
+        model.bert.embeddings.word_embeddings.weight,
+        models.load_encoder(device="cpu")[0].embeddings.word_embeddings.weight,
+    )
+    assert "classifier" not in capfd.readouterr().err  # that the head is new is no news
+
+
 def test_local_folders_pass_through(tiny_bert, tiny_gpt2):
     assert type(models.load_lm(tiny_bert, device="cpu")[0]).__name__ == "BertForMaskedLM"
     assert type(models.load_lm(str(tiny_gpt2), device="cpu")[0]).__name__ == "GPT2LMHeadModel"

@@ -1,8 +1,12 @@
-"""The recipe that one runs at work: equal to the book's own LoRA, resumed after a kill, and clear on bad settings."""
+"""The recipe that one runs at work: equal to the book's own LoRA, resumed after a kill, and clear on bad settings.
+
+Prompt tuning gives the same in a batch as alone and as peft alone; a classifier is what transformers loads again.
+"""
 
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,15 +14,26 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 from tuning.data import load_mine
 from tuning.lora import add_lora
-from tuning.methods import Ready, loss_of, right, says
+from tuning.methods import Ready, answer_logits_and_labels, loss_of, right, says
 from tuning.models import load_lm
+from tuning.prompts import encode
 from tuning.training import train
 from tuning.yours import PLAIN, mean_loss, score_for, template_for, with_ids
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEMPLATE = "The official language of [X] is [Y]."
+LEFT_OUT = "left out"
+PROMPT = {"method": "prompt tuning", "start": "Name the language.", "rank": LEFT_OUT, "alpha": LEFT_OUT}
+WORDS = {"france": "the capital of paris is".split(), "korea": "seoul is the south .".split()}  # noqa: SIM905
+TEXTS = [  # none twice: the words are turned and repeated
+    (" ".join([*words[n % 5 :], place, *words[: n % 5], *["a"] * (n // 5)]), place)
+    for place, words in WORDS.items()
+    for n in range(24 if place == "france" else 16)
+]
 
 
 def recipe():
@@ -42,10 +57,34 @@ def settings(tmp_path, tiny_gpt2):
 
     def write(**changes):
         path = tmp_path / "run.yaml"
-        path.write_text(yaml.safe_dump(told | changes), encoding="utf-8")
+        said = {name: value for name, value in (told | changes).items() if value != LEFT_OUT}
+        path.write_text(yaml.safe_dump(said), encoding="utf-8")
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory, tiny_bert):
+    """The folder of a random BERT without a head, whose small weights learn in a few steps."""
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    torch.manual_seed(0)
+    BertModel(BertConfig.from_pretrained(tiny_bert, initializer_range=0.02)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def labelled(settings, tmp_path, tiny_encoder):
+    """As `settings`, for a classifier: 40 texts that a tiny BERT knows the words of, 24 of one label and 16 of two."""
+    write_texts(tmp_path / "texts.jsonl", TEXTS)
+    told = {"data": "texts.jsonl", "method": "classifier", "model": str(tiny_encoder), "rates": [1e-3, 1e-2]}
+    told |= dict.fromkeys(("template", "rank", "alpha"), LEFT_OUT)
+    return lambda **changes: settings(**told | changes)
+
+
+def write_texts(path, rows):
+    path.write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in rows), encoding="utf-8")
 
 
 def without_dropout(model):
@@ -85,14 +124,16 @@ def test_a_run_leaves_a_report_and_an_adapter_that_peft_loads(settings, tmp_path
     assert not list((tmp_path / "out").rglob("README.md"))
 
 
+@pytest.mark.parametrize("method", ["LoRA", "prompt tuning"])
 @pytest.mark.parametrize("kind", ["the template given", "the plain template", "questions"])
-def test_the_reports_code_asks_the_adapter(settings, tmp_path, kind, monkeypatch, capsys):
+def test_the_reports_code_asks_the_adapter(settings, tmp_path, kind, method, monkeypatch, capsys):
     """The lines are run as they stand, and say what answers.jsonl says."""
     changes = {"the template given": {}, "the plain template": {"template": None}}.get(kind)
     if changes is None:
         rows = [json.dumps({"question": f"What is {n}?", "reply": f"It is {n}, and nothing else."}) for n in range(25)]
         (tmp_path / "chats.jsonl").write_text("\n".join(rows))
         changes = {"data": "chats.jsonl", "template": None}
+    changes |= PROMPT if method == "prompt tuning" else {}
     told = tune.read_settings(settings(rates=[1e-2], steps=2, **changes))
     text = tune.run(told).read_text(encoding="utf-8")
     answers = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -107,8 +148,7 @@ def test_the_reports_code_asks_the_adapter(settings, tmp_path, kind, monkeypatch
     model, tokenizer = load_lm(told.model)
     template = template_for(tokenizer, mine.kind, told.template)
     assert template == {"the template given": TEMPLATE, "the plain template": PLAIN}.get(kind, template)
-    ready = Ready("LoRA", PeftModel.from_pretrained(model, "adapter").eval(), tokenizer, template)
-    ready.trained = ready.model
+    ready = tune.ready_for(method, PeftModel.from_pretrained(model, "adapter").eval(), tokenizer, template)
     assert printed == says(ready, [answers[0]["asked"]], 24)[0]
 
 
@@ -277,7 +317,15 @@ def test_a_run_that_is_stopped_says_how_to_go_on(settings, monkeypatch):
         ({"seed": -1}, "seed is -1; give a whole number of 0 or more"),
         ({"template": ["X"]}, r"template is \['X'\]; give a text in quotes"),
         ({"model": 7}, "model is 7; give a text in quotes"),
-        ({"method": "Lora"}, "unknown method 'Lora'; known: LoRA"),
+        ({"method": "Lora"}, r"unknown method 'Lora'; did you mean 'LoRA'\? Known: LoRA, prompt tuning, classifier"),
+        ({"method": "prompt-tuning"}, r"unknown method 'prompt-tuning'; did you mean 'prompt tuning'\?"),
+        ({"method": ["LoRA"]}, r"unknown method \['LoRA'\]; "),
+        ({"method": None}, "unknown method None; known: LoRA, prompt tuning, classifier"),
+        ({"method": "prompt tuning"}, "alpha is no setting of 'prompt tuning'; leave out alpha, rank; known: data, m"),
+        ({"method": "classifier"}, "alpha is no .* of 'classifier'; leave out alpha, rank, template; known: data, m"),
+        ({"start": "Name it."}, "start is no setting of 'LoRA'; leave out start; known"),
+        (PROMPT | {"start": " "}, "start is ' '; give a text in quotes"),
+        (PROMPT | {"vectors": 0}, "vectors is 0; give a whole number of 1 or more"),
         ({"data": "none.jsonl"}, "there is no file .*none.jsonl"),
     ],
 )
@@ -304,3 +352,264 @@ def test_a_rate_in_the_short_form_is_a_number(settings, tmp_path):
     path = settings()
     path.write_text(path.read_text().replace("- 0.01", "- 1e-2"))
     assert tune.read_settings(path).rates == (1e-2, 5e-2)
+
+
+def test_the_examples_of_the_other_methods():
+    told = tune.read_settings(RECIPES / "languages-prompt.yaml")
+    assert (told.method, told.data.name, told.rates) == ("prompt tuning", "languages.jsonl", (3e-2, 1e-1, 3e-1))
+    assert told.of_method().keys() == {"template", "model", "method", "vectors", "start", "steps", "seed"}
+    told = tune.read_settings(RECIPES / "reviews.yaml")
+    assert (told.method, told.model, told.rates) == ("classifier", "minilm", (3e-5, 1e-4, 3e-4))
+    splits = load_mine(told.data, told.seed, ("texts",)).splits
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 72, "dev": 24, "test": 24}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates", "vectors"),
+    [
+        ({"start": "Name the language."}, (0.03, 0.1, 0.3), None),  # as many as the text has tokens
+        ({"start": LEFT_OUT}, (0.3, 1.0, 3.0), 8),
+        ({"start": LEFT_OUT, "vectors": None}, (0.3, 1.0, 3.0), 8),
+        ({"vectors": 5}, (0.03, 0.1, 0.3), 5),
+    ],
+)
+def test_what_a_prompt_is_if_the_file_says_little(settings, changes, rates, vectors):
+    told = tune.read_settings(settings(**PROMPT | {"rates": LEFT_OUT} | changes))
+    assert told.rates == pytest.approx(rates) and told.vectors == vectors
+
+
+@pytest.fixture
+def with_begin(tiny_gpt2, tmp_path):
+    """The folder of the tiny GPT-2 with a tokenizer that puts a token in front of each text, as Llama's does."""
+    model, tokenizer = load_lm(tiny_gpt2)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    model.save_pretrained(tmp_path / "with-begin")
+    tokenizer.save_pretrained(tmp_path / "with-begin")
+    return tmp_path / "with-begin"
+
+
+def a_prompt(settings, folder, **changes):
+    """A prompt by peft whose vectors are none of the words', ready for the book's functions; and peft's model."""
+    told = tune.read_settings(settings(**PROMPT | {"model": str(folder)} | changes))
+    model, tokenizer = tune.adapted(told)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return tune.ready_for("prompt tuning", model, tokenizer, TEMPLATE), model
+
+
+ROWS = [("Chad", [5]), ("Saint Vincent and the Grenadines", [7, 8, 9]), ("São Tomé", [11, 12])]
+
+
+@pytest.mark.parametrize("folder", ["tiny_gpt2", "with_begin"])
+def test_a_prompt_in_a_padded_batch_is_the_same_as_alone_and_as_pefts(settings, folder, request):
+    ready, theirs = a_prompt(settings, request.getfixturevalue(folder))
+    together, labels = answer_logits_and_labels(ready, ROWS)
+    assert len({len(encode(ready.tokenizer, TEMPLATE, subject)) for subject, _ in ROWS}) == 3
+    for (subject, answer), logits in zip(ROWS, together, strict=True):
+        alone, _ = answer_logits_and_labels(ready, [(subject, answer)])
+        torch.testing.assert_close(logits[-len(answer) :], alone[0], atol=1e-4, rtol=1e-4)
+        ids = ready.tokenizer(f"The official language of {subject} is").input_ids + answer[:-1]
+        begins = ready.tokenizer("a").input_ids[0] == 1
+        assert (ids[0] == 1) == begins == (folder == "with_begin")
+        with torch.no_grad():
+            reference = theirs(input_ids=torch.tensor([ids])).logits[0, -len(answer) :]
+        torch.testing.assert_close(logits[-len(answer) :], reference, atol=1e-4, rtol=1e-4)
+    assert (labels >= 0).sum() == 6
+
+
+def test_pefts_own_batch_padded_on_the_left_is_another(settings, tiny_gpt2):
+    """What `ready_for` is for: if peft mends this one day, the vectors need not be handed over any more."""
+    ready, theirs = a_prompt(settings, tiny_gpt2)
+    texts = [f"The official language of {subject} is" for subject, _ in ROWS]
+    padded = ready.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+    with torch.no_grad():
+        together = theirs(**padded).logits[0, -1]
+        alone = theirs(**ready.tokenizer(texts[:1], return_tensors="pt")).logits[0, -1]
+    assert (together - alone).abs().max() > 0.1
+
+
+def test_a_prompt_is_trained_as_by_peft_one_at_a_time(settings, tiny_gpt2):
+    ready, theirs = a_prompt(settings, tiny_gpt2)
+    weight = theirs.prompt_encoder["default"].embedding.weight
+    assert [id(one) for one in ready.weights()] == [id(weight)]
+    ours = torch.autograd.grad(loss_of(ready, ROWS), weight)[0]
+    total = 0
+    for subject, answer in ROWS:
+        ids = ready.tokenizer(f"The official language of {subject} is").input_ids
+        labels = torch.tensor([[-100] * len(ids) + answer])
+        total += theirs(input_ids=torch.tensor([ids + answer]), labels=labels).loss * len(answer)
+    torch.testing.assert_close(ours, torch.autograd.grad(total / 6, weight)[0], atol=1e-5, rtol=1e-4)
+    assert ours.abs().max() > 1e-3
+
+
+def test_a_prompts_vectors_begin_at_its_text_or_at_words(settings, tiny_gpt2):
+    words = load_lm(tiny_gpt2)[0].get_input_embeddings().weight
+    told = tune.read_settings(settings(**PROMPT))
+    model, tokenizer = tune.adapted(told)
+    ids = tokenizer("Name the language.").input_ids
+    torch.testing.assert_close(model.get_prompt(1)[0], words[ids])
+    model, _ = tune.adapted(tune.read_settings(settings(**PROMPT | {"vectors": len(ids) + 2})))
+    torch.testing.assert_close(model.get_prompt(1)[0], words[ids + ids[:2]])  # peft repeats the text
+    told = tune.read_settings(settings(**PROMPT | {"start": LEFT_OUT, "vectors": 3}))
+    first, again = (tune.adapted(told)[0].get_prompt(1)[0] for _ in range(2))
+    assert first.shape == (3, 32) and torch.equal(first, again)  # drawn by the seed
+    assert torch.cdist(first, words).min(dim=1).values.max() < 1e-3
+
+
+def test_a_prompts_file_names_the_model_and_no_folder_of_this_machine(settings, tmp_path):
+    told = tune.read_settings(settings(**PROMPT | {"model": "smollm2-135m"}))
+    tune.adapted(told)[0].save_pretrained(tmp_path / "prompt")
+    said = json.loads((tmp_path / "prompt/adapter_config.json").read_text())
+    assert said["tokenizer_name_or_path"] == said["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_run_of_prompt_tuning(settings, tmp_path, capsys):
+    tune.main([str(settings(**PROMPT, rates=[0.1, 0.3]))])
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "\nprompt tuning, 2 times 6 steps.\n" in printed and text.startswith("# prompt tuning on mine.jsonl")
+    assert "; start Name the language., 6 steps, seed 1; peft" in text and "| most frequent answer |" in text
+    assert "Too few to conclude: 8 are to test on; collect 250 examples or more, so that 50 are." in text
+    saved = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    done = json.loads((tmp_path / "out/state.json").read_text(encoding="utf-8"))
+    row = next(piece["row"] for key, piece in done.items() if key.startswith("tuned/"))
+    assert row["kept_bytes"] == 4 * saved["prompt_embeddings"].numel() == 4 * row["trained"]
+    assert row["continents"] == done["asked"]["row"]["continents"]  # the model itself is as it was
+    assert row["perplexity"] == pytest.approx(done["asked"]["row"]["perplexity"])
+    told = tune.read_settings(settings(**PROMPT))
+    ready = tune.Asked(told, load_mine(told.data, 1), tmp_path / "out/adapter").ready
+    torch.testing.assert_close(ready.vectors(), saved["prompt_embeddings"])
+    assert right(ready, with_ids(ready.tokenizer, load_mine(told.data, 1))["test"]).sum().item() == row["right"][0]
+    losses = done["rate/0.3"]["losses"]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_of_a_classifier(labelled, tmp_path, monkeypatch, capsys):
+    tune.main([str(labelled(steps=30))])
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "texts.jsonl: 40 examples, each a text with its label." in printed and "Asked" not in printed + text
+    assert text.startswith("# classifier on texts.jsonl") and "; 30 steps, seed 1; transformers" in text
+    few = "Too few to conclude: 8 are to test on; collect 250 examples or more, so that 50 are."
+    assert printed.count(few) == 2 and text.count(few) == 1
+    assert "|  | right, of 8 | loss | kept a task | minutes |" in text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("report.md", "answers.jsonl", "state.json", "classifier", "rate-0.001", "rate-0.01")
+    }
+    mine = load_mine(tmp_path / "texts.jsonl", 1, ("texts",))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/classifier").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/classifier")
+    answers = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(one["asked"], one["wanted"]) for one in answers] == mine.splits["test"]
+    hits, most = sum(one["right after"] for one in answers), sum(one["wanted"] == "france" for one in answers)
+    assert hits >= 6 and f"| classifier | {hits} (" in text and f"| most frequent answer | {most} (" in text
+    shares = [f"{row} {100 * count / 8:.0f} (" for row, count in (("most frequent answer", most), ("classifier", hits))]
+    assert all(f", {share}" in text.replace(":", ",") for share in shares) and "Right, in percent: most" in text
+    for one in answers:
+        with torch.no_grad():
+            said = model(**tokenizer(one["asked"], return_tensors="pt")).logits.argmax().item()
+        assert model.config.id2label[said] == one["after"] and one["right after"] == (one["after"] == one["wanted"])
+    code = text[text.index("```python\n") + 10 : text.rindex("```")]
+    monkeypatch.chdir(tmp_path / "out")
+    exec(compile(code, "report", "exec"), {})
+    assert f"'label': '{answers[0]['after']}'" in capsys.readouterr().out
+
+
+def test_each_split_of_a_classifier_has_each_labels_share(labelled):
+    for seed in range(5):
+        splits = load_mine(tune.read_settings(labelled()).data, seed, ("texts",)).splits
+        counts = {split: Counter(label for _, label in rows) for split, rows in splits.items()}
+        for split, rows in splits.items():
+            assert abs(counts[split]["france"] - 0.6 * len(rows)) <= 1, (seed, counts)
+        assert len({text for rows in splits.values() for text, _ in rows}) == 40
+
+
+def test_a_classifiers_batch_is_the_same_as_one_at_a_time(labelled):
+    told = tune.read_settings(labelled())
+    new = tune.Classifier(told, load_mine(told.data, 1, ("texts",)))
+    rows = new.rows["test"]
+    assert len({len(text.split()) for text, _ in rows}) > 2
+    with torch.no_grad():
+        together, numbers = new.logits_and_numbers(rows)
+        alone = torch.cat([new.logits_and_numbers([row])[0] for row in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    said, hits, loss = new.judged(rows)
+    assert hits.tolist() == (alone.argmax(dim=1) == numbers).tolist() and said.tolist() == alone.argmax(dim=1).tolist()
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(alone, numbers).item(), rel=1e-4)
+    assert all(weight.requires_grad for weight in new.trained.parameters())
+    assert new.tokenizer.model_max_length == 40  # what its positions hold, and where texts are cut
+
+
+def test_long_texts_are_cut_at_the_context(labelled, tmp_path):
+    write_texts(tmp_path / "texts.jsonl", [(f"{'paris ' * 60}{text}", label) for text, label in TEXTS])
+    path = tune.run(tune.read_settings(labelled(steps=1, rates=[1e-3])))
+    answers = path.read_text(encoding="utf-8").split("## Answers")[1].split("## The classifier")[0]
+    assert "[...]" in answers and max(map(len, answers.splitlines())) < 400
+
+
+def test_labels_that_are_numbers_are_texts(labelled, tmp_path):
+    write_texts(tmp_path / "texts.jsonl", [(text, int(label == "korea")) for text, label in TEXTS])
+    path = tune.run(tune.read_settings(labelled(steps=1, rates=[1e-3])))
+    assert "2 different labels: '0' 24 times, '1' 16 times." in path.read_text(encoding="utf-8")
+
+
+def test_a_killed_classifier_goes_on_where_it_was(labelled, tmp_path, monkeypatch):
+    tune.run(tune.read_settings(labelled(output="whole")))
+    calls, scores = [], tune.Classifier.score
+
+    def killed_later(new):
+        calls.append(new)
+        if len(calls) == 11:  # in the second training, after some of its steps
+            raise KeyboardInterrupt
+        return scores(new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.Classifier, "score", killed_later)
+        with pytest.raises(KeyboardInterrupt):
+            tune.run(tune.read_settings(labelled()))
+    assert len(list((tmp_path / "out").glob("*.pt"))) == 1
+    tune.run(tune.read_settings(labelled()))
+    done = [json.loads((tmp_path / name / "state.json").read_text()) for name in ("out", "whole")]
+    for rate in ("rate/0.001", "rate/0.01"):
+        assert [done[0][rate][name] for name in ("losses", "step", "dev")] == [
+            done[1][rate][name] for name in ("losses", "step", "dev")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fault"),
+    [
+        ([(text, "france") for text, _ in TEXTS], "all have 'france' as label; there is nothing to tell apart"),
+        (TEXTS[:24] + TEXTS[24:28], "the label 'korea' has 4 of the 5 texts that it needs; collect more of them"),
+        (TEXTS[:9] + TEXTS[30:], "has 19 different examples and 20 to 10,000 are used here; collect more of them"),
+        ([*TEXTS, ("a", "")], "line 41 has '' as its label; expected a text that is not empty"),
+        ([*TEXTS, ("a", 1.5)], "line 41 has 1.5 as its label; expected a text"),
+        ([*TEXTS, ("", "france")], "line 41 has '' as its text; expected a text that is not empty"),
+        ([(text, str(n)) for n, (text, _) in enumerate(TEXTS)], "'0' has 1 of the 5 .* it needs, and 39 more labels"),
+    ],
+)
+def test_texts_that_no_classifier_can_be_made_of(labelled, tmp_path, rows, fault):
+    write_texts(tmp_path / "texts.jsonl", rows)
+    with pytest.raises(SystemExit, match=f"error: .*{fault}"):
+        tune.main([str(labelled())])
+    assert not (tmp_path / "out").exists()
+
+
+def test_texts_that_are_just_enough(labelled, tmp_path):
+    write_texts(tmp_path / "texts.jsonl", TEXTS[:15] + TEXTS[24:29])
+    assert "| right, of 4 to choose on |" in tune.run(tune.read_settings(labelled(steps=1))).read_text()
+
+
+def test_lines_of_another_kind_than_the_methods(labelled, settings, tmp_path):
+    with pytest.raises(SystemExit, match="line 1 has 'subject', 'answer'; expected 'text' and 'label', in every line"):
+        tune.main([str(labelled(data="mine.jsonl"))])
+    with pytest.raises(SystemExit, match="has 'text', 'label'; expected 'subject' and 'answer' or 'question' and"):
+        tune.main([str(settings(data="texts.jsonl"))])
+    (tmp_path / "texts.jsonl").write_text('{"text": "a", "label": "b"}\n{"text": "a"}\n')
+    with pytest.raises(SystemExit, match="line 2 has 'text'; expected 'text' and 'label', in every line alike"):
+        tune.main([str(labelled())])
+    with pytest.raises(SystemExit, match="cannot load model 'no/model'"):
+        write_texts(tmp_path / "texts.jsonl", TEXTS)
+        tune.main([str(labelled(model="no/model"))])

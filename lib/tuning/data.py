@@ -197,9 +197,16 @@ def load_superglue(task, source=None):
     return DatasetDict({s: Dataset.from_list([number(r) for r in d]) if labelled[s] else d for s, d in data.items()})
 
 
-MINE = {"facts": ("subject", "answer"), "chats": ("question", "reply")}  # what a line of a reader's own file holds
+# What a line of a reader's own file holds, and how the second of these is called where there are several.
+MINE = {"facts": ("subject", "answer"), "chats": ("question", "reply"), "texts": ("text", "label")}
+PLURALS = {"facts": "answers", "chats": "replies", "texts": "labels"}
 FEWEST, MOST = 20, 10_000  # lines
-EXAMPLE = '{"subject": "Peru", "answer": "Spanish"}'
+LABELLED = 5  # texts of each label, so that one at least is to train on
+EXAMPLE = {
+    "facts": '{"subject": "Peru", "answer": "Spanish"}',
+    "chats": '{"question": "My parcel is late. Whom do I ask?", "reply": "shipping"}',
+    "texts": '{"text": "A film to see twice.", "label": "positive"}',
+}
 
 
 @dataclass(frozen=True)
@@ -207,8 +214,8 @@ class Mine:
     """A reader's own examples.
 
     Attributes:
-        kind: "facts", subjects and answers for a template; or "chats", questions and replies.
-        splits: {"train", "dev", "test": a list of (subject, answer) or (question, reply) texts}.
+        kind: "facts", subjects and answers for a template; "chats", questions and replies; or "texts" with labels.
+        splits: {"train", "dev", "test": a list of (subject, answer), (question, reply) or (text, label)}, all texts.
         said: what was found in the file, in a few lines.
     """
 
@@ -217,11 +224,14 @@ class Mine:
     said: str
 
 
-def load_mine(path, seed=0):
+def load_mine(path, seed=0, kinds=("facts", "chats")):
     """A reader's own examples: JSONL whose lines hold `subject` and `answer`, or `question` and `reply`.
 
         {"subject": "Peru", "answer": "Spanish"}
         {"question": "My parcel is late. Whom do I ask?", "reply": "shipping"}
+        {"text": "A film to see twice.", "label": "positive"}
+
+    The third kind, `text` and `label`, is for a classifier. Its labels may be whole numbers, which become texts.
 
     Three fifths of the subjects are to train on, a fifth to choose on (200 at most) and a fifth to test on (1,000 at
     most), drawn by the seed so that each answer has its share in each. All lines of one subject go to the same split. A
@@ -229,23 +239,25 @@ def load_mine(path, seed=0):
 
     Args:
         path: a file of 20 to 10,000 different lines, UTF-8.
+        kinds: those that are taken here, of "facts", "chats" and "texts".
 
     Returns:
         `Mine`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not JSON, is of neither kind or of the other kind than the first line, or holds an
-            empty text or none (the message names file and line); too few or too many lines.
+        ValueError: a line that is not JSON, is of none of these kinds or of another than the first line, or holds an
+            empty text or none (the message names file and line); too few or too many lines; one answer for all, or a
+            label of fewer than five texts.
     """
-    path = Path(path)
+    path, example = Path(path), EXAMPLE[kinds[0]]
     if not path.is_file():
         fault = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
-        raise FileNotFoundError(f"{fault}; give a JSONL file of your own, one example a line, such as {EXAMPLE}")
+        raise FileNotFoundError(f"{fault}; give a JSONL file of your own, one example a line, such as {example}")
     kind, lines = None, []
-    for number, row in numbered_rows(path, (), f", such as {EXAMPLE}"):
-        kind = kind or next((one for one, keys in MINE.items() if all(key in row for key in keys)), None)
-        lines.append(_my_pair(f"{path}, line {number}", row, kind))
+    for number, row in numbered_rows(path, (), f", such as {example}"):
+        kind = kind or next((one for one in kinds if all(key in row for key in MINE[one])), None)
+        lines.append(_my_pair(f"{path}, line {number}", row, [kind] if kind else kinds))
     pairs = list(dict.fromkeys(lines))
     if not FEWEST <= len(pairs) <= MOST:
         advice = "collect more of them" if len(pairs) < FEWEST else "draw a sample of them"
@@ -255,6 +267,8 @@ def load_mine(path, seed=0):
     said = {answer for _, answer in pairs}
     if len(said) == 1:
         raise ValueError(f"in {path} all have {said.pop()!r} as {MINE[kind][1]}; there is nothing to tell apart")
+    if kind == "texts":
+        _check_labels(path, pairs)
     subjects = {}
     for pair in pairs:
         subjects.setdefault(pair[0], []).append(pair)
@@ -290,14 +304,27 @@ def _deal(subjects, generator):
     return parts
 
 
-def _my_pair(place, row, kind):
-    """The two texts of a line, without spaces around them."""
-    keys = MINE.get(kind)
-    if keys is None or any(key not in row for key in keys):
-        wanted = " or ".join(" and ".join(map(repr, one)) for one in ([keys] if keys else MINE.values()))
+def _check_labels(path, pairs):
+    rare = [(label, count) for label, count in Counter(label for _, label in pairs).items() if count < LABELLED]
+    if rare:
+        label, count = rare[0]
+        more = f", and {len(rare) - 1} more labels are as rare" if len(rare) > 1 else ""
+        raise ValueError(
+            f"in {path} the label {label!r} has {count} of the {LABELLED} texts that it needs{more}; collect more of "
+            "them, leave them out, or put labels together"
+        )
+
+
+def _my_pair(place, row, kinds):
+    """The two texts of a line that is of one of the kinds, without spaces around them."""
+    keys = next((MINE[kind] for kind in kinds if all(key in row for key in MINE[kind])), None)
+    if keys is None:
+        wanted = " or ".join(" and ".join(map(repr, MINE[kind])) for kind in kinds)
         raise ValueError(
             f"{place} has {', '.join(map(repr, row)) or 'nothing'}; expected {wanted}, in every line alike"
         )
+    if isinstance(row.get("label"), int):
+        row = row | {"label": str(row["label"])}
     for key in keys:
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{place} has {row[key]!r} as its {key}; expected a text that is not empty, in quotes")
@@ -307,7 +334,7 @@ def _my_pair(place, row, kind):
 def _said(path, kind, splits, subjects, again):
     """What `load_mine` found, in a few lines."""
     subject, answer = MINE[kind]
-    plural = "answers" if kind == "facts" else "replies"
+    plural = PLURALS[kind]
     sizes = {split: len(rows) for split, rows in splits.items()}
     lines = [
         f"{path.name}: {sum(sizes.values())} examples, each a {subject} with its {answer}.",

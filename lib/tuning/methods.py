@@ -13,6 +13,7 @@ with all of them.
 import difflib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -62,8 +63,9 @@ class Ready:
     """A model that a method has made ready, in place.
 
     Attributes:
-        template: what is asked, with `[P]` slots if there is an encoder.
-        encoder: makes the vectors for these slots; None where a method has no vectors.
+        template: what is asked. Where there is an encoder, its vectors stand at the `[P]` slots, or without such slots
+            in front of all, as peft has them.
+        encoder: a function without arguments that makes the vectors; None where a method has none.
         trained: the module whose parameters are trained.
     """
 
@@ -71,7 +73,7 @@ class Ready:
     model: nn.Module
     tokenizer: object
     template: str
-    encoder: nn.Module | None = None
+    encoder: Callable | None = None
     trained: nn.Module = field(default=None, repr=False)
 
     def vectors(self):
@@ -148,17 +150,20 @@ def prompt_encoder(method, model, tokenizer, template):
     return BARE, PromptEncoder(6, size, lstm_layers=2 if "BiLSTM" in method else 0)
 
 
-def prompts_of(ready, subjects):
-    """The token ids of what is asked of each subject."""
-    encode_row = encode if ready.encoder is None else encode_pseudo
-    return [encode_row(ready.tokenizer, ready.template, subject) for subject in subjects]
+def prompts_of(ready, subjects, vectors=None):
+    """The token ids of what is asked of each subject; -1 - i stands for the i-th of the vectors (length, hidden)."""
+    slots = "[P]" in ready.template
+    front = [] if vectors is None or slots else [-1 - index for index in range(len(vectors))]
+    encode_row = encode_pseudo if slots else encode
+    return [front + encode_row(ready.tokenizer, ready.template, subject) for subject in subjects]
 
 
 def answer_logits_and_labels(ready, rows):
     """Logits at the answers' tokens (rows, longest answer, vocab), and these tokens; -100 in front of short answers."""
     subjects, answers = zip(*rows, strict=True)
-    prompts = [ids + answer[:-1] for ids, answer in zip(prompts_of(ready, subjects), answers, strict=True)]
     vectors = ready.vectors()
+    asked = prompts_of(ready, subjects, vectors)
+    prompts = [ids + answer[:-1] for ids, answer in zip(asked, answers, strict=True)]
     check_prompts(ready.model, ready.tokenizer, prompts, vectors)
     places = max(map(len, answers))
     logits = forward_at_end(ready.model, ready.tokenizer, prompts, places, vectors=vectors).float()
@@ -193,10 +198,10 @@ def says(ready, subjects, length, batch_size=32):
 
 @torch.no_grad()
 def _says(ready, subjects, length):
-    asked = prompts_of(ready, subjects)
-    written, end = [[] for _ in asked], ready.tokenizer.eos_token_id
+    written, end = [[] for _ in subjects], ready.tokenizer.eos_token_id
     with evaluating(ready.model), evaluating(ready.trained):
         vectors = ready.vectors()
+        asked = prompts_of(ready, subjects, vectors)
         for _ in range(length):
             if all(end in new for new in written):
                 break

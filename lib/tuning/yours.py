@@ -78,7 +78,13 @@ def with_ids(tokenizer, mine):
 def batch_size_for(ready, rows):
     """So many rows that a batch has 2,048 tokens at most, and 16 rows at most."""
     longest = max(len(tokens_of(ready.tokenizer, subject)) + len(answer) for subject, answer in rows)
-    return max(1, min(BATCH, len(rows), TOKENS // (longest + len(tokens_of(ready.tokenizer, ready.template)))))
+    longest += len(tokens_of(ready.tokenizer, ready.template)) + len(ready.vectors() if ready.encoder else ())
+    return rows_a_batch(longest, len(rows))
+
+
+def rows_a_batch(longest, count):
+    """So many of `count` rows, the longest of so many tokens, that a batch is not too large."""
+    return max(1, min(BATCH, count, TOKENS // longest))
 
 
 @torch.no_grad()
