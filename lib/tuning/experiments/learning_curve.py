@@ -86,7 +86,12 @@ def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None, s
         every=max(1, steps // scores),
     )
     kept = {"dev": history.best_score, "step": history.best_step, "seconds": history.seconds}
-    return {"n": len(rows), "seed": seed, "lr": lr, **accuracy(predictions(classifier, data["test"])), **kept}
+    return {"n": len(rows), "seed": seed, "lr": lr, **counted(predictions(classifier, data["test"])), **kept}
+
+
+def counted(right):
+    """`accuracy`, and which test sentences are right as a text "0101…"."""
+    return accuracy(right) | {"hits": "".join(str(int(one)) for one in right)}
 
 
 def drawn(data, count, seed, dev_count=None):
@@ -143,7 +148,7 @@ def frozen(which, sizes, seeds, device, limit=None):
             inputs, labels = as_arrays(data["test"], how)
             right = torch.as_tensor(learner.predict(inputs) == labels)
             found[f"{size or 'all'}/{seed}"] = {
-                "n": len(rows), "seed": seed, "vector": how, "C": strength, "dev": float(score), **accuracy(right),
+                "n": len(rows), "seed": seed, "vector": how, "C": strength, "dev": float(score), **counted(right),
             }  # fmt: skip
     return found
 
@@ -158,9 +163,9 @@ def answers(log_probs, reference, rows):
     labels = torch.tensor([label for _, label in rows])
     calibrated = calibrate(log_probs, reference)
     return {
-        "as asked": accuracy(log_probs.argmax(dim=1) == labels),
+        "as asked": counted(log_probs.argmax(dim=1) == labels),
         "called positive": log_probs.argmax(dim=1).double().mean().item(),
-        "calibrated": accuracy(calibrated.argmax(dim=1) == labels),
+        "calibrated": counted(calibrated.argmax(dim=1) == labels),
     }
 
 
