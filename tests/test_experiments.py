@@ -29,7 +29,7 @@ from tuning.experiments import (
     qlora_memory,
     record,
 )
-from tuning.models import load_lm
+from tuning.models import load_encoder, load_lm
 from tuning.nf4 import dequantize, quantize
 from tuning.prompts import allowed_tokens
 from tuning.qlora import quantize_model
@@ -273,10 +273,25 @@ def test_learning_curve_runs_small(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["learning_curve"])
     learning_curve.main(["--device", "cpu", "--limit", "40", "--steps", "1", "--out", str(tmp_path)])
     saved = record.load_results("learning_curve", tmp_path)["results"]
-    assert len(saved) == 2 + 2 * 2 + 1 + 2
-    chosen = max((saved[f"sweep/{lr:g}"]["dev"], -lr) for lr in (1e-4, 1e-3))
+    assert len(saved) == 2 + 1 + 1 + 2 + 2 * 2 + 1 + 2
+    chosen = max((saved[f"sweep/8/{lr:g}"]["dev"], -lr) for lr in (1e-4, 1e-3))
     assert saved["fine_tuned/all/1"]["lr"] == -chosen[1] and saved["fine_tuned/all/1"]["n"] == 40
-    assert saved["asked/2/1"]["as asked"]["n_test"] == 40
+    assert saved["asked/2/1"]["as asked"]["n_test"] == 40 and saved["asked/0/0"]["last"] is None
+    assert saved["frozen/SmolLM2"]["all/1"]["n"] == 40 and saved["frozen/MiniLM"]["8/0"]["n"] == 8
+    words = saved["words"]
+    assert len(words["pairs"]) == 8 and len(words["chosen"]["8"]) == learning_curve.DRAWS
+    assert words["pairs"]["negative/positive"]["as asked"] == saved["asked/0/0"]["as asked"]
+    assert 0 <= saved["chat"]["first choice is a label"] <= 1
+
+
+def test_vectors_of_a_frozen_model_do_not_depend_on_the_batch():
+    body, tokenizer = load_encoder(dtype=torch.float32)
+    texts = ["A triumph.", "A bore of two hours, and a loud one.", "Fine."]
+    together = learning_curve.vectors_of(body, tokenizer, texts)
+    for index, text in enumerate(texts):
+        alone = learning_curve.vectors_of(body, tokenizer, [text])
+        for how in learning_curve.POOLS:
+            torch.testing.assert_close(together[how][index], alone[how][0], atol=1e-4, rtol=1e-4)
 
 
 def test_a_draw_is_balanced_and_depends_on_its_seed():
