@@ -124,6 +124,14 @@ def an_optimizer_each(model, lr, zero=True, decay=0.01):
         put(weight)
 
 
+def share_among(logits, known):
+    return torch.isin(logits.argmax(dim=1), torch.tensor(known)).double().mean().item()
+
+
+def prompt_cost(length, hidden, layers, width):
+    return length * hidden, 2 * length * layers * width
+
+
 def pull(vectors, start, strength):
     return strength * (vectors - start).square().sum()
 
@@ -138,6 +146,27 @@ CASES = [  # check, right answer, [(wrong answer, what the message says)]
             (mean_of_tokens, "the mean"),
             (lambda states, mask: states[:, :1], "shape"),
             (lambda states, mask: None, "is a return missing"),
+        ],
+    ),
+    (
+        "share_among",
+        share_among,
+        [
+            (lambda x, known: len(x) * share_among(x, known), "divide"),
+            (lambda x, known: share_among(x[:, known], list(range(len(known)))), "whole vocabulary"),
+            (lambda x, known: 0.25, "the best tokens are"),
+            (lambda x, known: 0.5 if 0 in known else 0.0, "half are 1 or 2"),
+        ],
+    ),
+    (
+        "prompt_cost",
+        prompt_cost,
+        [
+            (lambda n, hidden, layers, width: prompt_cost(n, hidden, layers, width)[:1], "two numbers"),
+            (lambda n, hidden, layers, width: (hidden, 2 * n * layers * width), "24 to keep"),
+            (lambda n, hidden, layers, width: (n * hidden, n * layers * width), "keys and values are two"),
+            (lambda n, hidden, layers, width: (n * hidden, 2 * n * layers * hidden), "need not be"),
+            (lambda n, hidden, layers, width: (n * hidden, 2 * layers * width * n + 1), "are 48"),
         ],
     ),
     (

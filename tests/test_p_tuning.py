@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from notebook_rules import ROOT, defined, read
 from safetensors.torch import save_file
+from torch import nn
 from tuning.files import same_trace, trace
 from tuning.models import load_lm
 from tuning.p_tuning import (
@@ -27,6 +29,7 @@ from tuning.prompts import (
     embeddings_of,
     encode,
     hotflip,
+    inputs_with_vectors,
     trigger_gradient,
 )
 
@@ -76,6 +79,24 @@ def test_logits_equal_those_of_vectors_put_in_by_hand(lm):
             logits = model(inputs_embeds=embedded.unsqueeze(0)).logits[0]
         place = ids.index(tokenizer.mask_token_id) if tokenizer.mask_token else -1
         torch.testing.assert_close(row, logits[place], atol=1e-4, rtol=1e-4)
+
+
+def test_chapter_3s_small_prompt_and_loss_are_the_librarys(gpt2, smollm2):
+    book = read(ROOT / "book/1-prompts/3-from-words-to-vectors.ipynb")
+    for model, tokenizer in (gpt2, smollm2):
+        names = {"nn": nn, "torch": torch, "model": model, "tokenizer": tokenizer, "encode_pseudo": encode_pseudo}
+        names |= {"template": "[P][P] [X] is[P] [Y]."}
+        Prompt, loss_of = defined(book, "Prompt", names), defined(book, "loss_of", names)
+        small = Prompt(random_vectors(model, 3))
+        ids = torch.tensor([[-1, 5, -3], [7, -2, -2]])
+        theirs = inputs_with_vectors(model, ids, small.vectors)["inputs_embeds"]
+        assert torch.equal(small(ids), theirs)
+        facts = [("South Korea", 11), ("France", 3)]
+        mine = sum(loss_of(small, *fact) for fact in facts) / 2
+        loss = answer_loss(model, tokenizer, names["template"], facts, small.vectors)
+        torch.testing.assert_close(mine, loss, rtol=1e-4, atol=1e-4)
+        gradients = [torch.autograd.grad(one, small.vectors)[0] for one in (mine, loss)]
+        assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
 
 
 @EVERY

@@ -46,8 +46,31 @@ def check_first_token(first_token):
     _right("first_token")
 
 
+def check_share_among(share_among):
+    """Chapter 3, exercise 1: `share_among(logits, known)`, the share of rows whose best token is one of `known`."""
+    logits = torch.tensor([[0.0, 9, 1, 2], [5, 0, 1, 4], [0, 1, 9, 3], [7, 1, 2, 0]])  # best: 1, 0, 2, 0
+    found = float(share_among(logits, [0, 3]))
+    assert not math.isclose(found, 2.0), "this counts the rows; divide by how many there are"
+    assert not math.isclose(found, 1.0), "only `known` competes here; the best token of the whole vocabulary counts"
+    assert math.isclose(found, 0.5), f"the best tokens are 1, 0, 2 and 0, so 0.5 of them are 0 or 3, not {found:.2f}"
+    assert math.isclose(float(share_among(logits, [2, 1])), 0.5), "of the best tokens 1, 0, 2 and 0, half are 1 or 2"
+    _right("share_among")
+
+
+def check_prompt_cost(prompt_cost):
+    """Chapter 3, exercise 2: `prompt_cost(length, hidden, layers, width)` → numbers kept a task, numbers cached."""
+    found = tuple(prompt_cost(4, 6, 3, 2))
+    assert len(found) == 2, f"expected two numbers, what is kept and what is cached, not {len(found)}"
+    kept, cached = found
+    assert kept == 24, f"4 vectors of 6 numbers are 24 to keep, not {kept}"
+    assert cached not in (24, 12), "keys and values are two, and each layer has its own: 4 places × 3 layers × 2 × 2"
+    assert cached != 144, "keys and values are `width` numbers wide, which need not be `hidden`"
+    assert cached == 48, f"4 places in 3 layers, with a key and a value of 2 numbers each, are 48, not {cached}"
+    _right("prompt_cost")
+
+
 def check_pull(pull):
-    """Chapter 3, exercise 3: `pull(vectors, start, strength)` = λ ‖H - H₀‖²."""
+    """Chapter 3, exercise 4: `pull(vectors, start, strength)` = λ ‖H - H₀‖²."""
     vectors, start = torch.arange(6.0).view(2, 3).requires_grad_(), torch.ones(2, 3)
     found, squares = pull(vectors, start, 0.5), (vectors.detach() - start).square()
     _tensor(found, (), "the result")
