@@ -40,7 +40,7 @@ def test_the_front_address_leads_to_the_index(browser, address):
 
 
 def test_search_finds_a_term(browser, address):
-    with Visit(browser, f"{address}/search.html?q=verbalizer") as visit:
+    with Visit(browser, f"{address}/search.html?q=template") as visit:
         results = visit.page.locator("#search-results li")
         results.first.wait_for(timeout=20000)
         text = " ".join(results.all_inner_texts())

@@ -34,7 +34,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .files import sha256, write_json
-from .training import _context_length
 
 __all__ = ["default_device", "default_dtype", "load_classifier", "load_encoder", "load_lm"]
 
@@ -168,7 +167,7 @@ def load_classifier(labels, name="minilm", device=None):
     finally:
         transformers_logging.set_verbosity(level)
     model.config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.model_max_length = _context_length(model, tokenizer)
+    tokenizer.model_max_length = context_length(model, tokenizer)
     return model, tokenizer
 
 
@@ -308,3 +307,13 @@ def _check_conversion(folder):
             f"{_converter(' ')} converts SmolLM2 wrongly: {found} and a loss of {loss:.4f} on a known text, expected "
             f"{TOKENS | TOKEN_IDS} and {KNOWN_LOSS}. Seen to work: pip install {SEEN_TO_WORK}"
         )
+
+
+def context_length(body, tokenizer):
+    """The most tokens that a body takes, by its configuration and by its tokenizer; very many if neither says."""
+    positions = getattr(body.config, "max_position_embeddings", None) or 0
+    limits = [tokenizer.model_max_length, positions if positions > 0 else 10**9]
+    for name, module in body.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa's kind counts from behind it
+    return min(limits)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint as recompute
 
+from .models import context_length as _context_length
 from .runs import Run, Settings, trainable
 
 __all__ = [
@@ -234,16 +235,6 @@ def checkpoint_activations(model, on=True):
         getattr(model, f"{name}_checkpointing_disable")()
         with suppress(AttributeError):  # where switching it on has put no such hook
             model.disable_input_require_grads()
-
-
-def _context_length(body, tokenizer):
-    """The most tokens that a body takes, by its configuration and by its tokenizer; very many if neither says."""
-    positions = getattr(body.config, "max_position_embeddings", None) or 0
-    limits = [tokenizer.model_max_length, positions if positions > 0 else 10**9]
-    for name, module in body.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)  # RoBERTa's kind counts from behind it
-    return min(limits)
 
 
 def _without_empty(texts, tokenizer, cut):
