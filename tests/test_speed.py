@@ -155,9 +155,9 @@ def test_search_finds_a_term(browser, address, opened_by):
             visit.page.keyboard.press("Control+k")
         else:
             visit.page.locator(".search-button__button >> visible=true").first.click()
-        visit.page.keyboard.type("verbalizer")
+        visit.page.keyboard.type("template")
         visit.page.keyboard.press("Enter")
-        visit.page.wait_for_url("**/search.html?q=verbalizer")
+        visit.page.wait_for_url("**/search.html?q=template")
         results = visit.page.locator("#search-results li")
         results.first.wait_for(timeout=20000)
         assert "Prompts are code" in " ".join(results.all_inner_texts())
@@ -165,7 +165,7 @@ def test_search_finds_a_term(browser, address, opened_by):
 
 
 def test_search_works_from_disk(browser, html):
-    with Visit(browser, f"{(html / 'search.html').as_uri()}?q=verbalizer") as visit:
+    with Visit(browser, f"{(html / 'search.html').as_uri()}?q=template") as visit:
         results = visit.page.locator("#search-results li")
         results.first.wait_for(timeout=20000)
         assert "Prompts are code" in " ".join(results.all_inner_texts())
