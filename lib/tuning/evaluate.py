@@ -112,6 +112,11 @@ def as_hits(recorded):
     return torch.tensor([int(hit) for hit in recorded]).double()
 
 
+def as_text(hits):
+    """Hits as they are recorded, a text such as "0110": what `as_hits` reads."""
+    return "".join(str(int(hit)) for hit in hits)
+
+
 def difference(one, other):
     """How many more of the same items one method has right than another, as a text with its interval of 95 %.
 

@@ -15,9 +15,10 @@ import math
 
 import torch
 
+from ..evaluate import as_text
 from ..methods import fit, prepare, right
 from ..models import load_lm
-from .ledger import STEPS, TASK, as_text, away, rows_of
+from .ledger import STEPS, TASK, away, rows_of
 from .record import Recorder, load_results, option_parser
 
 RANKS = (1, 2, 4, 8, 16, 64)

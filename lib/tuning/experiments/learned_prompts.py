@@ -10,7 +10,7 @@ words, each at the rate that dev chooses for it. (Six, the ledger's, lies betwee
 
 import torch
 
-from ..evaluate import share_right
+from ..evaluate import as_text, share_right
 from ..methods import fit, prepare, right
 from ..models import load_lm
 from ..p_tuning import PromptVectors, answer_loss, nearest_tokens, prompt_logits
@@ -39,7 +39,7 @@ def scored(model, tokenizer, template, rows, vectors):
     said = logits["test"].argmax(dim=1).tolist()
     return {
         "dev": share_right(logits["dev"], facts["dev"]).double().mean().item(),
-        "hits": ledger.as_text(share_right(logits["test"], facts["test"])),
+        "hits": as_text(share_right(logits["test"], facts["test"])),
         "country": sum(token in countries for token in said) / len(said),
     }
 
@@ -95,7 +95,7 @@ def of_length(name, task, length, lr, steps, test, limit=None):
     ready.encoder = ready.trained = PromptVectors(embeddings[drawn])
     history = fit(ready, rows["train"], rows["dev"], lr, steps, 0)
     found = {"lr": lr, "template": ready.template, "dev": history.dev, "step": history.step, "scores": history.scores}
-    return found | ({"hits": ledger.as_text(right(ready, rows["test"]))} if test else {})
+    return found | ({"hits": as_text(right(ready, rows["test"]))} if test else {})
 
 
 def main(arguments=None):

@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..data import labelled_reviews
-from ..evaluate import accuracy, balanced, predictions
+from ..evaluate import accuracy, as_text, balanced, predictions
 from ..models import load_encoder, load_lm
 from ..prompts import answer_id, answer_logits, calibrate, class_log_probs, encode, few_shot
 from ..training import Classifier, last_token, mean_of_tokens, train
@@ -91,7 +91,7 @@ def train_classifier(classifier, data, count, seed, lr, steps, dev_count=None, s
 
 def counted(right):
     """`accuracy`, and which test sentences are right as a text "0101…"."""
-    return accuracy(right) | {"hits": "".join(str(int(one)) for one in right)}
+    return accuracy(right) | {"hits": as_text(right)}
 
 
 def drawn(data, count, seed, dev_count=None):

@@ -22,6 +22,7 @@ import torch
 
 from ..data import TEMPLATES, load_facts
 from ..evaluate import (
+    as_text,
     bootstrap_interval,
     elsewhere,
     facts_with_ids,
@@ -56,10 +57,6 @@ def hits_of(model, tokenizer, template, rows):
     """ "0101…": which rows a prompt of words gets right, over the whole vocabulary."""
     facts = [(subject, answer) for subject, (answer,) in rows]
     return as_text(share_right(prompt_logits(model, tokenizer, template, facts), facts))
-
-
-def as_text(hits):
-    return "".join(str(int(hit)) for hit in hits)
 
 
 def share(hits):
