@@ -23,7 +23,6 @@ from tuning.experiments import (
     lomo_memory,
     lora,
     lora_tasks,
-    p_tuning,
     probe,
     prompt_tuning,
     qlora_memory,
@@ -302,26 +301,21 @@ def test_a_draw_is_balanced_and_depends_on_its_seed():
     assert balanced(rows, None, 0) == rows
 
 
-@pytest.mark.parametrize(("module", "pieces"), [(prompt_tuning, 1 + 3 * (5 + 2) + 2), (p_tuning, 1 + 3 * (5 + 2) + 4)])
-def test_soft_prompts_are_trained_on_a_tiny_model(module, pieces, tmp_path, tiny_gpt2, monkeypatch):
-    monkeypatch.setattr(module, "SEEDS", (0, 1))
+def test_soft_prompts_are_trained_on_a_tiny_model(tmp_path, tiny_gpt2, monkeypatch):
+    monkeypatch.setattr(prompt_tuning, "SEEDS", (0, 1))
     monkeypatch.setattr(prompt_tuning, "LENGTHS", (6, 3))
-    monkeypatch.setattr(sys, "argv", [module.__name__])
+    monkeypatch.setattr(sys, "argv", ["prompt_tuning"])
     arguments = ["--model", str(tiny_gpt2), "--device", "cpu", "--limit", "20", "--steps", "2", "--out", str(tmp_path)]
-    module.main(arguments)
-    saved = record.load_results(module.__name__.split(".")[-1], tmp_path)["results"]
-    assert len(saved) == pieces
+    prompt_tuning.main(arguments)
+    saved = record.load_results("prompt_tuning", tmp_path)["results"]
+    assert len(saved) == 1 + 3 * (5 + 2) + 2
     for key, run in saved.items():
         if key != "handcrafted":
             assert len(run["losses"]) == 2 and run["kept"] == run["template"].count("[P]") * 32
-    kept = saved["start/text/1" if module is prompt_tuning else "trained/BiLSTM and MLP, from text/1"]
+    kept = saved["start/text/1"]
     assert kept["template"] == "[P][P][P] [X][P][P][P][P][P] [Y]" and kept["test"]["n"] == 20
-    sweep = "sweep/text/" if module is prompt_tuning else "sweep/BiLSTM and MLP, from text/"
-    best = max((run["dev"], -run["lr"]) for key, run in saved.items() if key.startswith(sweep))
+    best = max((run["dev"], -run["lr"]) for key, run in saved.items() if key.startswith("sweep/text/"))
     assert kept["lr"] == -best[1]
-    if module is p_tuning:
-        assert saved["wording/3"]["wording"] == "[X] is located in which country? In [Y]."
-        assert saved["wording/3"]["by hand"]["n"] == 20 and saved["wording/3"]["lr"] == kept["lr"]
 
 
 @pytest.mark.parametrize("length", [2, 6, 7])

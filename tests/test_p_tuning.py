@@ -8,16 +8,20 @@ import torch
 import torch.nn.functional as F
 from notebook_rules import ROOT, defined, read
 from safetensors.torch import save_file
+from small_models import tiny_llama
 from torch import nn
 from tuning.files import same_trace, trace
 from tuning.models import load_lm
 from tuning.p_tuning import (
+    Prefixed,
+    PrefixEncoder,
     PromptEncoder,
     PromptVectors,
     answer_loss,
     encode_pseudo,
     load_prompt,
     nearest_tokens,
+    prefix_shape,
     prompt_logits,
     save_prompt,
     soften,
@@ -259,6 +263,61 @@ def test_the_encoder_equals_pefts_weight_for_weight(length, hidden_size):
     for name, weight in theirs.named_parameters():
         mine = ours.get_parameter(name.replace("lstm_head", "lstm").replace("mlp_head", "mlp"))
         torch.testing.assert_close(mine.grad, weight.grad)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+@pytest.mark.parametrize("tie", [1, 2])  # heads of keys and values, of two that ask
+def test_a_deep_prompt_equals_pefts_weight_for_weight(tie, projection):
+    """Logits, loss and gradients, in a batch with padding on the left."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = tiny_llama(num_key_value_heads=tie, initializer_range=0.5)
+    shape = prefix_shape(model, 3)
+    assert shape == (3, 2, 2, tie, 8)
+    ours = PrefixEncoder(shape) if projection else PromptVectors(torch.randn(shape))
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=projection)
+    theirs = get_peft_model(copy.deepcopy(model), config)
+    encoder = theirs.prompt_encoder["default"]
+    pairs = {"embedding.weight": "vectors"}
+    if projection:
+        pairs = {name: name.replace("transform", "mlp") for name, _ in encoder.named_parameters()}
+    with torch.no_grad():
+        for name, mine in pairs.items():
+            weight = encoder.get_parameter(name)
+            weight.copy_(ours.get_parameter(mine).reshape(weight.shape))
+    prefixed = Prefixed(model, ours)
+    for length in (4, 6):  # of the first row; the second has six tokens
+        ids = torch.arange(12).view(2, 6)
+        mask = torch.ones_like(ids)
+        mask[0, : 6 - length] = 0
+        places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        found = prefixed(ids, mask, places, logits_to_keep=2)
+        expected = theirs(input_ids=ids, attention_mask=mask, position_ids=places + 3).logits[:, -2:]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        bare = model(ids, attention_mask=mask, position_ids=places).logits[:, -2:]
+        assert (found - bare).abs().max() > 0.01  # it is read
+        for logits in (found, expected):
+            logits.float().logsumexp(-1).sum().backward()
+    for name, mine in pairs.items():
+        gradient = encoder.get_parameter(name).grad
+        torch.testing.assert_close(ours.get_parameter(mine).grad.reshape(gradient.shape), gradient)
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("lm", ["gpt2", "smollm2"], indirect=True)
+def test_a_prefix_of_a_texts_own_keys_and_values_says_what_the_text_says(lm):
+    """The reference is the model itself, reading the text in front."""
+    model, tokenizer = lm
+    front = torch.tensor([rest(tokenizer, "The capital of")])
+    with torch.no_grad():
+        cache = model(front, use_cache=True).past_key_values
+    layers = torch.stack([torch.cat([keys, values]) for keys, values, *_ in cache])
+    prefix = PromptVectors(layers.permute(3, 0, 1, 2, 4))
+    assert prefix().shape == prefix_shape(model, front.shape[1])
+    subjects = ["Britain", "South Korea", "France"]
+    found = prompt_logits(Prefixed(model, prefix), tokenizer, "[X] is [Y].", [" " + subject for subject in subjects])
+    expected = prompt_logits(model, tokenizer, "The capital of [X] is [Y].", subjects)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
 def test_the_papers_count_of_parameters():

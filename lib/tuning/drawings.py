@@ -75,10 +75,11 @@ def box(axes, x, y, width, height, look, text=""):
         write(axes, x + width / 2, y + height / 2, text)
 
 
-def parcel(axes, x, y, side):
-    """The blue hull of something that is sent, with its lower left corner at (x, y)."""
+def parcel(axes, x, y, width, height=None):
+    """The blue hull of something that is sent or kept, with its lower left corner at (x, y); a square if not told."""
     look = {"facecolor": "none", "edgecolor": SENT["edgecolor"], "linewidth": LINE}
-    axes.add_patch(FancyBboxPatch((x + 4, y + 4), side - 8, side - 8, boxstyle="round,pad=4,rounding_size=6", **look))
+    size = width - 8, (height or width) - 8
+    axes.add_patch(FancyBboxPatch((x + 4, y + 4), *size, boxstyle="round,pad=4,rounding_size=6", **look))
 
 
 def arrow(axes, start, end):
@@ -185,28 +186,34 @@ def attention(words):
 
 def p_tuning():
     """P-tuning's prompt encoder, from its six trained embeddings down to what the frozen model reads and answers."""
-    axes = sheet(328)
+    axes = sheet(368)
     pseudo, subject = (23, 69, 115, 235, 281, 327), 175  # middles of columns; the subject's is wider
-    write(axes, subject, 302, "trained")
-    box(axes, 2, 240, 346, 26, TRAINED, "bidirectional LSTM, two layers")
-    box(axes, subject - 34, 120, 68, 24, COMPUTED, "e(Osaka)")
-    arrow(axes, (subject, 118), (subject, 96))
+    write(axes, 2, 358, "encoder: trained, then thrown away", ha="left")
+    box(axes, 1, 194, 348, 150, EMPTY)
+    box(axes, 5, 260, 340, 26, TRAINED, "bidirectional LSTM, two layers")
+    box(axes, subject - 34, 132, 68, 24, FROZEN, "e(Britain)")
+    arrow(axes, (subject, 130), (subject, 106))
     for number, x in enumerate(pseudo):
-        box(axes, x - 20, 290, 40, 24, TRAINED, f"$s_{number}$")
-        box(axes, x - 20, 180, 40, 24, TRAINED, "MLP")
-        box(axes, x - 20, 120, 40, 24, COMPUTED, f"$h_{number}$")
-        for start, end in ((288, 268), (238, 206), (178, 146), (118, 96)):
+        box(axes, x - 18, 310, 36, 24, TRAINED, f"$s_{number}$")
+        box(axes, x - 18, 204, 36, 24, TRAINED, "MLP")
+        box(axes, x - 18, 132, 36, 24, COMPUTED, f"$h_{number}$")
+        for start, end in ((308, 288), (258, 230), (202, 158), (130, 106)):
             arrow(axes, (x, start), (x, end))
-    box(axes, 2, 58, 346, 36, FROZEN, "frozen language model")
-    lock(axes, 332, 76)
-    arrow(axes, (327, 56), (327, 32))
-    write(axes, 327, 20, "Japan")
+    for left in (1, 213):
+        parcel(axes, left, 127, 136, 34)
+    write(axes, subject, 172, "kept")
+    box(axes, 2, 68, 346, 36, FROZEN, "frozen language model")
+    lock(axes, 332, 86)
+    arrow(axes, (325, 66), (325, 42))
+    write(axes, 324, 30, "London")
+    write(axes, 2, 30, "template (3,3,0): three vectors, the\nsubject, three vectors, the answer", 12, ha="left")
     return Drawing(
         axes.figure,
         "Six trained embeddings, s0 to s5, orange, pass through a bidirectional LSTM of two layers and then each "
-        "through the same MLP, orange too, and become the vectors h0 to h5. These stand around the subject, e(Osaka), "
-        "three on each side, in the input of the frozen language model, grey and locked. Behind the last it answers: "
-        "Japan.",
+        "through the same MLP, orange too, and become the vectors h0 to h5. What is orange is the encoder: trained, "
+        "then thrown away. The six vectors are kept. They stand around the subject's embedding, e(Britain), three on "
+        "each side, in the input of the frozen language model, grey and locked. Behind the last it answers: London. "
+        "This is the template (3,3,0).",
     )
 
 

@@ -1,4 +1,4 @@
-"""Prompts of free vectors: prompt tuning (Lester et al., 2021) and P-tuning (Liu et al., 2021).
+"""Prompts of free vectors: prompt tuning (Lester et al., 2021) and P-tuning (Liu et al., 2021); and deep ones.
 
 A template of this module has, besides `[X]` and `[Y]`, slots `[P]` for pseudo tokens, among words or alone. A pseudo
 token has no row in the embedding matrix: its vector comes from a prompt encoder. In the lists of token ids the i-th
@@ -6,6 +6,8 @@ pseudo token has the id -1 - i.
 
 Its vector stands where a word's embedding would, in the space of the model's `inputs_embeds`. In most models this is as
 wide as the hidden states; `prompts.embedding_size` tells.
+
+A deep prompt, or prefix, does not stand among the words: it is keys and values for every layer, in front of the text's.
 """
 
 import json
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import DynamicCache
 
 from . import files
 from .prompts import (
@@ -80,6 +83,57 @@ class PromptEncoder(nn.Module):
             states = self.lstm(states.unsqueeze(0))[0].squeeze(0)  # (length, hidden)
         vectors = self.mlp(states)
         return vectors if self.start is None else self.start + vectors
+
+
+class PrefixEncoder(nn.Module):
+    """Prefix tuning's encoder: an embedding and an MLP make a deep prompt (Li and Liang, 2021).
+
+    Args:
+        shape: of what is made, from `prefix_shape`; hidden: of the MLP, None for as many as a token's keys, as in peft.
+    """
+
+    def __init__(self, shape, hidden=None):
+        super().__init__()
+        self.shape = tuple(shape)
+        length, layers, _, heads, size = self.shape
+        self.embedding = nn.Embedding(length, heads * size)
+        hidden = hidden or heads * size
+        last = nn.Linear(hidden, layers * 2 * heads * size)
+        self.mlp = nn.Sequential(nn.Linear(heads * size, hidden), nn.Tanh(), last)
+
+    def forward(self):
+        return self.mlp(self.embedding.weight).view(self.shape)  # (length, layers, 2, heads, size)
+
+
+class Prefixed(nn.Module):
+    """A causal model that finds keys and values in front of every text, in each of its layers.
+
+    Args:
+        prefix: a module without arguments that makes them, (length, layers, 2, heads, size): a `PrefixEncoder`, or as
+            in P-tuning v2 plain numbers, `PromptVectors`.
+    """
+
+    def __init__(self, model, prefix):
+        super().__init__()
+        self.model, self.prefix, self.config = model, prefix, model.config
+        self.device, self.get_input_embeddings = model.device, model.get_input_embeddings
+
+    def forward(self, input_ids, attention_mask, position_ids, logits_to_keep=0):
+        prefix = self.prefix().to(self.model.dtype)
+        length, rows = len(prefix), len(input_ids)
+        layers = prefix.permute(1, 2, 3, 0, 4)  # (layers, 2, heads, length, size)
+        cache = DynamicCache([[part.expand(rows, *part.shape) for part in layer] for layer in layers])
+        mask = torch.cat([attention_mask.new_ones(rows, length), attention_mask], dim=1)
+        places = {"attention_mask": mask, "position_ids": position_ids + length}
+        return self.model(input_ids, **places, past_key_values=cache, logits_to_keep=logits_to_keep)
+
+
+def prefix_shape(model, length):
+    """(length, layers, 2, heads, size): how many numbers a deep prompt has, for keys and for values."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return length, config.num_hidden_layers, 2, heads, size
 
 
 def encode_pseudo(tokenizer, template, subject):
