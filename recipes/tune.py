@@ -2,9 +2,10 @@
 
     python recipes/tune.py recipes/languages.yaml           LoRA, by peft
     python recipes/tune.py recipes/languages-prompt.yaml    prompt tuning, by peft
+    python recipes/tune.py recipes/languages-p-tuning.yaml  P-tuning, by peft
     python recipes/tune.py recipes/reviews.yaml             a classifier, by transformers
 
-The YAML file says all, and these three explain each line. Each rate is tried and judged on the examples to choose on,
+The YAML file says all, and these four explain each line. Each rate is tried and judged on the examples to choose on,
 the best is reported on those to test on. A run that was stopped goes on where it was when it is started again, and a
 rate that is added later is tried beside those that are finished. What it leaves in its output folder: `report.md`,
 `answers.jsonl` with what was answered to the examples to test on, and `adapter` in peft's format, or `classifier` in
@@ -26,12 +27,13 @@ import torch.nn.functional as F
 import yaml
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft brings it, and it tells of kernels that it lacks
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tuning.data import load_mine
 from tuning.evaluate import ledger
 from tuning.files import sha256, write_json, write_text
 from tuning.methods import Ready, loss_of, nearest, right
 from tuning.models import load_classifier, load_lm, model_source
+from tuning.prompts import embedding_size
 from tuning.training import train
 from tuning.yours import (
     COLUMNS,
@@ -59,6 +61,7 @@ from tuning.yours import (
 ANSWERS = 200  # of the examples to test on, written to answers.jsonl
 FEW = 50  # examples to test on: fewer tell little apart
 VECTORS = 8  # of a prompt that begins at no text
+ENCODERS = {"MLP": "P-tuning, MLP", "LSTM": "P-tuning, BiLSTM"}  # peft's name of an encoder -> the book's ledger's
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ LMS = ("facts", "chats")  # what a language model is asked
 METHODS = {
     "LoRA": Method("smollm2-135m", ("template", "rank", "alpha"), LMS, "adapter", ("peft", "transformers")),
     "prompt tuning": Method("smollm2-135m", ("template", "vectors", "start"), LMS, "adapter", ("peft", "transformers")),
+    "P-tuning": Method("smollm2-135m", ("template", "vectors", "encoder"), LMS, "adapter", ("peft", "transformers")),
     "classifier": Method("minilm", (), ("texts",), "classifier", ("transformers",)),
 }
 
@@ -98,6 +102,7 @@ class Settings:
     alpha: int = 16
     vectors: int | None = None  # None: as many as `start` has tokens
     start: str | None = None  # None: random words
+    encoder: str = "MLP"
     rates: tuple = tuple(three_rates("LoRA"))
     steps: int = 60
     seed: int = 0
@@ -147,10 +152,12 @@ def read_settings(path):
             raise ValueError(f"{path}: {name} is {value!r}; give a text in quotes")
     said |= {name: path.parent / said[name] for name in ("data", "output")}
     said["model"] = said.get("model") or METHODS[method].model
-    if method == "prompt tuning" and not said.get("start") and said.get("vectors") is None:
+    if "vectors" in METHODS[method].own and not said.get("start") and said.get("vectors") is None:
         said["vectors"] = VECTORS
+    if said.get("encoder", Settings.encoder) not in (*ENCODERS,):
+        raise ValueError(f"{path}: encoder is {said['encoder']!r}; {meant(str(said['encoder']), ENCODERS)}")
     try:
-        said["rates"] = tuple(checked_rates(usual(method, said.get("start")), numbers(said.get("rates"))))
+        said["rates"] = tuple(checked_rates(usual(method, said), numbers(said.get("rates"))))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name, least in {"rank": 1, "alpha": 1, "vectors": 1, "steps": 1, "seed": 0}.items():
@@ -168,11 +175,13 @@ def meant(name, known):
     return f"{f'did you mean {near!r}? Known' if near else 'known'}: {', '.join(known)}"
 
 
-def usual(method, start):
+def usual(method, said):
     """The name by which the book's ledger knows what is trained; its rate is the middle of those that are tried."""
     if method == "classifier":
         return "all weights"
-    return "prompt tuning, from the prompt" if method == "prompt tuning" and start else method
+    if method == "P-tuning":
+        return ENCODERS[said.get("encoder", Settings.encoder)]
+    return "prompt tuning, from the prompt" if method == "prompt tuning" and said.get("start") else method
 
 
 def numbers(rates):
@@ -215,11 +224,18 @@ class State:
         return self.done[key]
 
 
-def peft_config(settings, tokenizer):
-    """What peft is told."""
+def peft_config(settings, tokenizer, width):
+    """What peft is told of a model whose tokens enter it as `width` numbers."""
     if settings.method == "LoRA":
         return LoraConfig(
             task_type="CAUSAL_LM", r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear"
+        )
+    if settings.method == "P-tuning":  # peft's MLP has three layers; its LSTM is the paper's if it is half as wide
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=settings.vectors,
+            encoder_reparameterization_type=settings.encoder,
+            encoder_hidden_size=width // 2 if settings.encoder == "LSTM" else width,
         )
     if not settings.start:
         return PromptTuningConfig(
@@ -240,7 +256,7 @@ def adapted(settings, folder=None):
     if folder is not None:
         return PeftModel.from_pretrained(model, folder).eval(), tokenizer
     torch.manual_seed(settings.seed)
-    config = peft_config(settings, tokenizer)
+    config = peft_config(settings, tokenizer, embedding_size(model))
     theirs = get_peft_model(model, config).eval()
     if settings.start:
         config.tokenizer_name_or_path = model.name_or_path  # this goes into the file, where a folder would say nothing

@@ -12,6 +12,16 @@ from tuning.nf4 import dequantize, quantize
 from tuning.training import last_token, mean_of_tokens
 
 
+def depends(encoder):
+    rows = encoder.embedding.weight
+    return torch.stack([torch.autograd.grad(v.sum(), rows, retain_graph=True)[0].any(dim=1) for v in encoder()])
+
+
+def spread(vectors, length):
+    middle = vectors.mean(dim=0)
+    return middle, length / (vectors - middle).norm(dim=1).mean()
+
+
 def deep_inputs(mask, length, start=None, count_pads=False):
     whole = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
     positions = (torch.ones_like(whole) if count_pads else whole).cumsum(1) - 1
@@ -178,6 +188,28 @@ CASES = [  # check, right answer, [(wrong answer, what the message says)]
             (lambda v, s, k: (v - s).square().sum(), "λ is missing"),
             (lambda v, s, k: pull(v.detach(), s, k), "no gradient"),
             (lambda v, s, k: k * (v + s).square().sum(), "expected"),
+        ],
+    ),
+    (
+        "depends",
+        depends,
+        [
+            (lambda encoder: depends(encoder).T, "turned round"),
+            (lambda encoder: depends(encoder).int(), "should hold bools"),
+            (lambda encoder: torch.eye(3).bool(), "expected \\[\\[1, 0, 0\\]"),
+            (lambda encoder: depends(encoder).any(dim=1), "shape"),
+        ],
+    ),
+    (
+        "spread",
+        spread,
+        [
+            (lambda v, n: spread(v, n)[1] * (v - v.mean(0)), "a pair"),
+            (lambda v, n: (v.mean(), spread(v, n)[1]), "shape"),
+            (lambda v, n: (0 * v[0], n / v.norm(dim=1).mean()), "take off the mean"),
+            (lambda v, n: (v.mean(0), n / v.norm(dim=1).mean()), "once the mean is taken off"),
+            (lambda v, n: (v.mean(0), n / (v - v.mean(0)).norm(dim=1)), "one factor"),
+            (lambda v, n: (v.mean(0), n / (v - v.mean(0)).norm()), "not 3"),
         ],
     ),
     (

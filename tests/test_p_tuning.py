@@ -291,8 +291,8 @@ def test_a_deep_prompt_equals_pefts_weight_for_weight(tie, projection):
         mask = torch.ones_like(ids)
         mask[0, : 6 - length] = 0
         places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        found = prefixed(ids, mask, places, logits_to_keep=2)
-        expected = theirs(input_ids=ids, attention_mask=mask, position_ids=places + 3).logits[:, -2:]
+        found = prefixed(ids, mask, places, logits_to_keep=2).logits
+        expected = theirs(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -2:]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         bare = model(ids, attention_mask=mask, position_ids=places).logits[:, -2:]
         assert (found - bare).abs().max() > 0.01  # it is read

@@ -20,6 +20,7 @@ from tuning.data import load_mine
 from tuning.lora import add_lora
 from tuning.methods import Ready, answer_logits_and_labels, loss_of, right, says
 from tuning.models import load_lm
+from tuning.p_tuning import PromptEncoder
 from tuning.prompts import encode
 from tuning.training import train
 from tuning.yours import PLAIN, mean_loss, score_for, template_for, with_ids
@@ -28,6 +29,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 TEMPLATE = "The official language of [X] is [Y]."
 LEFT_OUT = "left out"
 PROMPT = {"method": "prompt tuning", "start": "Name the language.", "rank": LEFT_OUT, "alpha": LEFT_OUT}
+P_TUNING = {"method": "P-tuning", "vectors": 5, "encoder": "LSTM", "rank": LEFT_OUT, "alpha": LEFT_OUT}
 WORDS = {"france": "the capital of paris is".split(), "korea": "seoul is the south .".split()}  # noqa: SIM905
 TEXTS = [  # none twice: the words are turned and repeated
     (" ".join([*words[n % 5 :], place, *words[: n % 5], *["a"] * (n // 5)]), place)
@@ -317,10 +319,16 @@ def test_a_run_that_is_stopped_says_how_to_go_on(settings, monkeypatch):
         ({"seed": -1}, "seed is -1; give a whole number of 0 or more"),
         ({"template": ["X"]}, r"template is \['X'\]; give a text in quotes"),
         ({"model": 7}, "model is 7; give a text in quotes"),
-        ({"method": "Lora"}, r"unknown method 'Lora'; did you mean 'LoRA'\? Known: LoRA, prompt tuning, classifier"),
+        (
+            {"method": "Lora"},
+            r"unknown method 'Lora'; did you mean 'LoRA'\? Known: LoRA, prompt tuning, P-tuning, classifier",
+        ),
         ({"method": "prompt-tuning"}, r"unknown method 'prompt-tuning'; did you mean 'prompt tuning'\?"),
         ({"method": ["LoRA"]}, r"unknown method \['LoRA'\]; "),
-        ({"method": None}, "unknown method None; known: LoRA, prompt tuning, classifier"),
+        (P_TUNING | {"encoder": "lstm"}, "encoder is 'lstm'; did you mean 'LSTM'"),
+        (P_TUNING | {"encoder": 3}, "encoder is 3; known: MLP, LSTM"),
+        ({"encoder": "MLP"}, "encoder is no setting of 'LoRA'; leave out encoder"),
+        ({"method": None}, "unknown method None; known: LoRA, prompt tuning, P-tuning, classifier"),
         ({"method": "prompt tuning"}, "alpha is no setting of 'prompt tuning'; leave out alpha, rank; known: data, m"),
         ({"method": "classifier"}, "alpha is no .* of 'classifier'; leave out alpha, rank, template; known: data, m"),
         ({"start": "Name it."}, "start is no setting of 'LoRA'; leave out start; known"),
@@ -358,6 +366,9 @@ def test_the_examples_of_the_other_methods():
     told = tune.read_settings(RECIPES / "languages-prompt.yaml")
     assert (told.method, told.data.name, told.rates) == ("prompt tuning", "languages.jsonl", (3e-2, 1e-1, 3e-1))
     assert told.of_method().keys() == {"template", "model", "method", "vectors", "start", "steps", "seed"}
+    told = tune.read_settings(RECIPES / "languages-p-tuning.yaml")
+    assert (told.method, told.encoder, told.rates, told.vectors) == ("P-tuning", "MLP", (3e-3, 1e-2, 3e-2), 8)
+    assert told.of_method().keys() == {"template", "model", "method", "vectors", "encoder", "steps", "seed"}
     told = tune.read_settings(RECIPES / "reviews.yaml")
     assert (told.method, told.model, told.rates) == ("classifier", "minilm", (3e-5, 1e-4, 3e-4))
     splits = load_mine(told.data, told.seed, ("texts",)).splits
@@ -484,6 +495,41 @@ def test_a_run_of_prompt_tuning(settings, tmp_path, capsys):
     assert right(ready, with_ids(ready.tokenizer, load_mine(told.data, 1))["test"]).sum().item() == row["right"][0]
     losses = done["rate/0.3"]["losses"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("encoder", "rates"), [("MLP", (0.003, 0.01, 0.03)), ("LSTM", (1e-4, 3e-4, 9e-4))])
+def test_p_tuning_has_the_ledgers_rates_for_its_encoder(settings, encoder, rates):
+    told = tune.read_settings(settings(**P_TUNING | {"encoder": encoder, "rates": LEFT_OUT, "vectors": LEFT_OUT}))
+    assert told.rates == pytest.approx(rates) and told.vectors == 8
+
+
+def test_p_tunings_lstm_is_the_papers_encoder_and_its_mlp_has_three_layers(settings):
+    model, _ = tune.adapted(tune.read_settings(settings(**P_TUNING)))
+    theirs = model.prompt_encoder["default"]
+    ours = PromptEncoder(5, 32)
+    ours.load_state_dict({name.replace("_head", ""): weight for name, weight in theirs.state_dict().items()})
+    torch.testing.assert_close(ours(), model.get_prompt(1)[0])
+    model, _ = tune.adapted(tune.read_settings(settings(**P_TUNING | {"encoder": "MLP"})))
+    kinds = [type(layer).__name__ for layer in model.prompt_encoder["default"].mlp_head]
+    assert kinds == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    assert sum(w.numel() for w in model.parameters() if w.requires_grad) == 5 * 32 + 3 * (32 * 32 + 32)
+
+
+def test_a_run_of_p_tuning_keeps_the_vectors_and_not_the_encoder(settings, tmp_path, capsys):
+    tune.main([str(settings(**P_TUNING, rates=[1e-2]))])
+    assert "\nP-tuning, 1 time 6 steps.\n" in capsys.readouterr().out
+    text = (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    assert "; vectors 5, encoder LSTM, 6 steps, seed 1; peft" in text
+    saved = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    assert [(name, tuple(tensor.shape)) for name, tensor in saved.items()] == [("prompt_embeddings", (5, 32))]
+    done = json.loads((tmp_path / "out/state.json").read_text(encoding="utf-8"))
+    row = next(piece["row"] for key, piece in done.items() if key.startswith("tuned/"))
+    encoder = sum(weight.numel() for weight in PromptEncoder(5, 32).parameters())
+    assert row["kept_bytes"] == 4 * 5 * 32 and row["trained"] == encoder
+    told = tune.read_settings(settings(**P_TUNING))
+    ready = tune.Asked(told, load_mine(told.data, 1), tmp_path / "out/adapter").ready
+    torch.testing.assert_close(ready.vectors(), saved["prompt_embeddings"])
+    assert right(ready, with_ids(ready.tokenizer, load_mine(told.data, 1))["test"]).sum().item() == row["right"][0]
 
 
 def test_a_run_of_a_classifier(labelled, tmp_path, monkeypatch, capsys):

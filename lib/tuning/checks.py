@@ -85,8 +85,53 @@ def check_pull(pull):
     _right("pull")
 
 
+class _Chain(nn.Module):
+    """Three vectors of which each depends on its own row and on those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 4)
+
+    def forward(self):
+        return self.embedding.weight.cumsum(dim=0)
+
+
+def check_depends(depends):
+    """Chapter 4, exercise 1: `depends(encoder)`, (length, length) bool: does vector j depend on row k?"""
+    found = depends(_Chain())
+    _tensor(found, (3, 3), "the table")
+    assert found.dtype == torch.bool, f"the table should hold bools, not {found.dtype}: is there any number but zero?"
+    expected = torch.ones(3, 3).tril().bool()
+    assert not torch.equal(found, expected.T), "this is turned round: a line is a vector, a column a row that it reads"
+    assert torch.equal(found, expected), (
+        f"where each vector is the sum of the rows up to its own, expected {expected.int().tolist()}, "
+        f"got {found.int().tolist()}"
+    )
+    _right("depends")
+
+
+def check_spread(spread):
+    """Chapter 4, exercise 2: `spread(vectors, length)` → what to take off, and the factor."""
+    vectors = 5 + torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    found = spread(vectors, 3.0)
+    assert isinstance(found, tuple) and len(found) == 2, "expected a pair: what to take off, and the factor"
+    middle, factor = found
+    _tensor(middle, (8,), "what to take off")
+    assert _close(middle, vectors.mean(dim=0)), "take off the mean of the vectors: then their mean is zero"
+    away = (vectors - middle).norm(dim=1)
+    factor = torch.as_tensor(factor).double()
+    assert factor.dim() == 0, "one factor for all vectors: else their lengths would all be the same"
+    assert not math.isclose(factor.item(), 3 / vectors.norm(dim=1).mean().item(), rel_tol=1e-4), (
+        "stretch what is left once the mean is taken off, and not the vectors as they were"
+    )
+    assert math.isclose(factor.item(), 3 / away.mean().item(), rel_tol=1e-4), (
+        f"with this factor the mean length is {factor.item() * away.mean():.2f}, not 3"
+    )
+    _right("spread")
+
+
 def check_deep_inputs(deep_inputs):
-    """Chapter 4, exercise 3: `deep_inputs(mask, length)` → the whole mask, and the position ids of the tokens."""
+    """Chapter 4, exercise 4: `deep_inputs(mask, length)` → the whole mask, and the position ids of the tokens."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     whole, positions = deep_inputs(mask, 3)
     _tensor(whole, (2, 7), "the mask")

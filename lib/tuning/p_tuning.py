@@ -116,23 +116,30 @@ class Prefixed(nn.Module):
     def __init__(self, model, prefix):
         super().__init__()
         self.model, self.prefix, self.config = model, prefix, model.config
-        self.device, self.get_input_embeddings = model.device, model.get_input_embeddings
+        self.device = model.device
+        self.get_input_embeddings = model.get_input_embeddings
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep=0):
         prefix = self.prefix().to(self.model.dtype)
         length, rows = len(prefix), len(input_ids)
-        layers = prefix.permute(1, 2, 3, 0, 4)  # (layers, 2, heads, length, size)
-        cache = DynamicCache([[part.expand(rows, *part.shape) for part in layer] for layer in layers])
-        mask = torch.cat([attention_mask.new_ones(rows, length), attention_mask], dim=1)
-        places = {"attention_mask": mask, "position_ids": position_ids + length}
-        return self.model(input_ids, **places, past_key_values=cache, logits_to_keep=logits_to_keep)
+        layers = prefix.permute(1, 2, 3, 0, 4).unsqueeze(2)
+        layers = layers.expand(-1, -1, rows, -1, -1, -1)  # (layers, 2, rows, heads, length, size)
+        ones = attention_mask.new_ones(rows, length)  # the text may look at the prefix
+        return self.model(
+            input_ids,
+            attention_mask=torch.cat([ones, attention_mask], dim=1),
+            position_ids=position_ids + length,
+            past_key_values=DynamicCache(layers),  # a new one: the model adds the text's own
+            logits_to_keep=logits_to_keep,
+        )
 
 
 def prefix_shape(model, length):
     """(length, layers, 2, heads, size): how many numbers a deep prompt has, for keys and for values."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    asking = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or asking
+    size = getattr(config, "head_dim", None) or config.hidden_size // asking
     return length, config.num_hidden_layers, 2, heads, size
 
 
