@@ -21,6 +21,7 @@ from tuning.drawings import (
     attention,
     book_map,
     four_places,
+    four_ways,
     lora,
     p_tuning,
     prompt_in_front,
@@ -32,6 +33,7 @@ DRAWINGS = {
     "attention": lambda: attention(["The", "bank", "of", "the", "river"]),
     "p_tuning": p_tuning,
     "four_places": four_places,
+    "four_ways": four_ways,
     "template": template,
     "prompt_in_front": prompt_in_front,
     "prompt_in_front of one": lambda: prompt_in_front(1),
@@ -182,6 +184,14 @@ def test_as_many_vectors_are_kept_as_are_trained(length):
 def test_more_trained_vectors_than_have_room_are_refused(length):
     with pytest.raises(ValueError, match="1 to 6 trained vectors"):
         prompt_in_front(length)
+
+
+def test_two_models_of_four_are_trained_and_one_has_vectors():
+    figure = four_ways().figure
+    grey, orange = ([box for box in fills(figure, look) if box.get_width() == 156] for look in (FROZEN, TRAINED))
+    assert len(grey) == len(orange) == 2
+    assert len([box for box in fills(figure, TRAINED) if box.get_width() < 10]) == 6 * 4
+    assert len(fills(figure, SENT)) == 4
 
 
 # --- the map

@@ -14,7 +14,17 @@ from matplotlib.textpath import TextPath
 
 from .plots import COLORS, STYLE, SVG
 
-__all__ = ["Drawing", "attention", "book_map", "four_places", "lora", "p_tuning", "prompt_in_front", "template"]
+__all__ = [
+    "Drawing",
+    "attention",
+    "book_map",
+    "four_places",
+    "four_ways",
+    "lora",
+    "p_tuning",
+    "prompt_in_front",
+    "template",
+]
 
 PHONE = 350  # px
 WIDTH = 4.8  # inches
@@ -336,6 +346,43 @@ def four_places():
         "words and among them, made by a network. Prefix tuning and P-tuning v2 have an orange key and value at the "
         "first positions of every layer above the input, where no token stands; prefix tuning makes them by a network, "
         "P-tuning v2 trains them directly or makes them by one.",
+    )
+
+
+def four_ways():
+    """Four ways to one answer, as four pictures: words or not in front of the model, and what is trained."""
+    axes = sheet(372)
+    ways = (
+        ("manual prompt", True, False, False),
+        ("fine-tuning", False, False, True),
+        ("manual prompt\nand fine-tuning", True, False, True),
+        ("P-tuning", True, True, False),
+    )
+    for number, (name, words, vectors, weights) in enumerate(ways):
+        left, foot = (8, 186)[number % 2], (198, 6)[number // 2]
+        middle = left + 78
+        write(axes, left, foot + 155, name, 13, ha="left", weight="bold")
+        if words:
+            width = 100 if vectors else 156
+            box(axes, middle - width / 2, foot + 100, width, 34, SENT, "The city of\nOsaka is in")
+        else:
+            box(axes, middle - 28, foot + 100, 56, 34, SENT, "Osaka")
+        if vectors:
+            for column in range(3):
+                for x in (left + 4, left + 134):
+                    vector(axes, x + 9 * column, foot + 100, TRAINED, 7, 34)
+        arrow(axes, (middle, foot + 98), (middle, foot + 78))
+        box(axes, left, foot + 42, 156, 34, TRAINED if weights else FROZEN, "model")
+        if not weights:
+            lock(axes, left + 140, foot + 59)
+        arrow(axes, (middle, foot + 40), (middle, foot + 20))
+        write(axes, middle, foot + 8, "Japan")
+    return Drawing(
+        axes.figure,
+        "Four pictures of a model that answers Japan; orange is trained, grey and locked is frozen. Manual prompt: the "
+        "words The city of Osaka is in, before a grey model. Fine-tuning: only the name Osaka, before an orange model. "
+        "Manual prompt and fine-tuning: the words, before an orange model. P-tuning: the words with three orange "
+        "vectors on each side, before a grey model.",
     )
 
 

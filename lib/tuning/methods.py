@@ -84,6 +84,10 @@ class Ready:
         """What is trained, a list of parameters."""
         return [weight for weight in self.trained.parameters() if weight.requires_grad]
 
+    def groups(self, lr):
+        """What is trained as an optimizer's parameter groups; here there is one."""
+        return [{"params": self.weights(), "lr": lr}]
+
     def kept(self):
         """How many numbers are kept for the task: of a prompt its vectors alone, not the networks that made them."""
         with torch.no_grad():
@@ -229,7 +233,19 @@ def share_right(ready, rows):
     return right(ready, rows).double().mean().item()
 
 
-def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, score=share_right, progress=False):
+def fit(
+    ready,
+    train,
+    dev,
+    lr,
+    steps,
+    seed=0,
+    batch_size=BATCH,
+    every=EVERY,
+    score=share_right,
+    loss=loss_of,
+    progress=False,
+):
     """Train what is ready, and leave it in the state that scored best on dev.
 
     AdamW (fused, without decay) with the gradient's norm clipped to 1, but LOMO and AdaLomo, which update inside
@@ -238,8 +254,9 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, sco
 
     Args:
         train, dev: lists of (subject, answer's token ids); with dev None the last state is kept.
-        lr: the highest rate; every: steps between two looks at dev.
+        lr: the highest rate, in the form that `ready.groups` takes; every: steps between two looks at dev.
         score: a function from what is ready and dev to what is to be large: the share that is right.
+        loss: a function from what is ready and a batch of rows to what is to be small, a scalar tensor.
         progress: show a bar.
     """
     if len(train) < batch_size:
@@ -248,7 +265,7 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, sco
     weights = ready.weights()
     optimizer, take = stepper(ready, lr, steps)
     start = time.perf_counter()
-    bar = tqdm(total=steps, desc=f"{ready.method} at {lr:g}", unit="step", disable=not progress)
+    bar = tqdm(total=steps, desc=f"{ready.method} at {lr}", unit="step", disable=not progress)
     try:
         for step in range(steps + 1):
             if dev and (step % every == 0 or step == steps):
@@ -262,9 +279,9 @@ def fit(ready, train, dev, lr, steps, seed=0, batch_size=BATCH, every=EVERY, sco
                 break
             chosen = batch_rows(step, len(train), batch_size, seed)
             ready.trained.train()
-            loss = loss_of(ready, [train[index] for index in chosen])
-            take(loss)
-            found.losses.append(loss.item())
+            present = loss(ready, [train[index] for index in chosen])
+            take(present)
+            found.losses.append(present.item())
             bar.update()
     except FloatingPointError as error:
         found.stopped = str(error)
@@ -293,7 +310,7 @@ def stepper(ready, lr, steps):
 
         return optimizer, take
     weights = ready.weights()
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(ready.groups(lr), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
 
     def take_checked(loss):
