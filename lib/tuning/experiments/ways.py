@@ -9,9 +9,9 @@ in three draws. For each task and draw dev chooses the manual prompt's wording, 
 
 A method's rate is swept on one task of each kind and one draw, and the other tasks of the kind take it. Where two parts
 are trained, each has a rate of its own: the search begins at a pair, and goes on to its best neighbour until none is
-better. All methods of a kind take as many steps; those that were best at the last of them, and the new head in any
-case, are tried with twice as many. Rate and state are chosen by the share of dev that is right. Where dev is small,
-equal shares are common, and the lower loss decides between them.
+better. On the small tasks one rate for both parts is tried too. All methods of a kind take as many steps; those that
+were best at the last of them, and the new head in any case, are tried with twice as many. Rate and state are chosen by
+the share of dev that is right. Where dev is small, equal shares are common, and the lower loss decides between them.
 
 Beside the hits on test each run has what the model does elsewhere: continents of countries, and perplexity of sentences
 of another data set. The untrained model's stand for a run that has left every bit of the model's weights as it was.
@@ -486,6 +486,12 @@ class Run:
             for seed in SEEDS:
                 self.train(f"run/{way}/{task}/{seed}", way, task, seed, self.best[swept, way][0], True)
 
+    def one_rate(self, task, way):
+        """What two parts would do at one rate, the model's."""
+        lr, _ = self.best[task, way]
+        if isinstance(lr, list) and task != COUNTRY:
+            self.train(f"one rate/{way}/{task}", way, task, 0, [lr[0], lr[0]], True)
+
     def twice(self, task, way):
         """Twice as many steps, where the best state was the last one, and for a new head."""
         lr, step = self.best[task, way]
@@ -519,6 +525,7 @@ def main(arguments=None):
                 for task in group:
                     run.runs(task, way, group[0])
                 run.twice(group[0], way)
+                run.one_rate(group[0], way)
         for group in groups if not late else ():
             for task in [task for task in group if kind_of(task) == "relations"]:
                 lr = run.best[group[0], PROMPT][0]
