@@ -31,6 +31,7 @@ from ..evaluate import (
     as_hits,
     as_text,
     balanced,
+    bootstrap_interval,
     most_frequent,
     one_token_facts,
     paired_interval,
@@ -45,9 +46,11 @@ from ..training import Classifier, last_token, mean_of_tokens
 from .ledger import sweep
 from .record import Recorder, load_results, option_parser
 
-MANUAL, HEAD, WEIGHTS = "manual prompt", "fine-tuning", "manual prompt and fine-tuning"
+FREQUENT, MANUAL, EXAMPLES = "most frequent answer", "manual prompt", "examples in context"
+HEAD, WEIGHTS = "fine-tuning", "manual prompt and fine-tuning"
 PROMPT, BOTH, ALONE = "P-tuning", "P-tuning and fine-tuning", "P-tuning, pseudo tokens alone"
 WAYS = (PROMPT, WEIGHTS, HEAD, BOTH, ALONE)  # those that train; the last one on relations only
+TABLE = (FREQUENT, MANUAL, EXAMPLES, ALONE, PROMPT, HEAD, WEIGHTS, BOTH)  # the order of rows
 IN_LEDGER = {WEIGHTS: "all weights", PROMPT: "P-tuning beside the prompt", ALONE: "P-tuning, BiLSTM"}
 RATES = {  # that a sweep begins with
     PROMPT: METHODS[IN_LEDGER[PROMPT]].rates,
@@ -369,11 +372,13 @@ def climb(start, run, most=MOST):
 
 
 def interval(hits, task, base=None):
-    """The mean share that is right, or its gain over `base`, with an interval over items and seeds: three numbers."""
+    """The mean share that is right, or its gain over `base`, with an interval over items and runs: three numbers."""
     values = [as_hits(text) for text in hits]
     if base:
+        base = base * (len(hits) // len(base))
         values = [one - as_hits(other) for one, other in zip(values, base, strict=True)]
-    return [torch.cat(values).mean().item(), *paired_interval(values, same_items=task not in SMALL)]
+    paired = paired_interval(values, same_items=task not in SMALL) if len(values) > 1 else bootstrap_interval(values[0])
+    return [torch.cat(values).mean().item(), *paired]
 
 
 def summary(pieces, tasks, from_ledger):
@@ -386,39 +391,40 @@ def summary(pieces, tasks, from_ledger):
     for task in tasks:
         runs = runs_of(pieces, task, from_ledger if task == COUNTRY else {})
         before = pieces["untouched"]["wic" if task == "wic" else "others"]
-        for way, three in runs.items():
-            hits = [run["hits"] for run in three]
+        for way, some in runs.items():
+            hits, one = [run["hits"] for run in some], some[0]
             row = {"task": task, "way": way, "right": interval(hits, task)}
             row["over manual"] = interval(hits, task, [run["hits"] for run in runs[MANUAL]])
-            row |= {"lr": three[0].get("lr"), "trained": three[0].get("trained", 0), "kept_bytes": kept_bytes(three[0])}
+            row |= {"lr": one.get("lr"), "trained": one.get("trained", 0), "kept_bytes": kept_bytes(one)}
             row |= {"hits": hits, "items": [len(text) for text in hits]}
-            after = [run.get("elsewhere", before) for run in three] if way != "most frequent answer" else []
+            after = [run.get("elsewhere", before) for run in some] if way != FREQUENT else []
             row |= {"continents": [one["continents"].count("1") for one in after]}
             row |= {"countries": len(before["continents"])}
             if before["perplexity"] is not None:
                 row["perplexity"] = [one["perplexity"] / before["perplexity"] for one in after]
-            if "macro_f1" in three[0]:
-                row["macro_f1"] = [run["macro_f1"] for run in three]
+            if "macro_f1" in one:
+                row["macro_f1"] = [run["macro_f1"] for run in some]
             found.append(row)
     return found
 
 
 def runs_of(pieces, task, from_ledger):
-    """{way: the runs of its seeds}, of the ways that were tried on the task."""
-    keys = {"most frequent answer": "most frequent", MANUAL: "asked", "examples in context": "shown"}
-    keys |= {way: f"run/{way}" for way in WAYS}
-    runs = {way: [pieces.get(f"{key}/{task}/{seed}") for seed in SEEDS] for way, key in keys.items()}
+    """{way: its runs, one a seed}, of the ways that were tried on the task, in the order of `TABLE`.
+
+    Of what draws nothing the ledger has one run.
+    """
+    keys = {FREQUENT: "most frequent", MANUAL: "asked", EXAMPLES: "shown"}
+    runs = {way: [pieces.get(f"{keys.get(way, f'run/{way}')}/{task}/{s}") for s in SEEDS] for way in TABLE}
     if from_ledger:
-        runs["most frequent answer"] = [from_ledger["most frequent"]] * len(SEEDS)
-        runs[MANUAL] = [from_ledger["asked"]] * len(SEEDS)
-        runs["examples in context"] = [from_ledger[f"shown/{seed}"] for seed in SEEDS]
-        runs |= {way: [from_ledger[f"run/{m}/{seed}"] for seed in SEEDS] for way, m in IN_LEDGER.items()}
-    return {way: three for way, three in runs.items() if all(three)}
+        runs[FREQUENT], runs[MANUAL] = [from_ledger["most frequent"]], [from_ledger["asked"]]
+        runs[EXAMPLES] = [from_ledger[f"shown/{seed}"] for seed in SEEDS]
+        runs |= {way: [from_ledger[f"run/{name}/{seed}"] for seed in SEEDS] for way, name in IN_LEDGER.items()}
+    return {way: some for way, some in runs.items() if all(some)}
 
 
 def kept_bytes(run):
-    """What is kept of a run: numbers, or the bytes of its words."""
-    return run.get("kept_bytes") or len(run.get("prompt", run.get("template", "")).encode())
+    """What is kept of a run: its numbers, or the bytes of its words; None where there are neither."""
+    return run.get("kept_bytes") or len(run.get("prompt", run.get("template", "")).encode()) or None
 
 
 def ledger_of(given, steps):
