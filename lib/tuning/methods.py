@@ -243,8 +243,8 @@ def fit(
     batch_size=BATCH,
     every=EVERY,
     score=share_right,
-    loss=loss_of,
     progress=False,
+    loss=loss_of,
 ):
     """Train what is ready, and leave it in the state that scored best on dev.
 
@@ -256,8 +256,8 @@ def fit(
         train, dev: lists of (subject, answer's token ids); with dev None the last state is kept.
         lr: the highest rate, in the form that `ready.groups` takes; every: steps between two looks at dev.
         score: a function from what is ready and dev to what is to be large: the share that is right.
-        loss: a function from what is ready and a batch of rows to what is to be small, a scalar tensor.
         progress: show a bar.
+        loss: a function from what is ready and a batch of rows to what is to be small, a scalar tensor.
     """
     if len(train) < batch_size:
         raise ValueError(f"{len(train)} rows are fewer than one batch of {batch_size}; give more, or a smaller batch")

@@ -323,7 +323,7 @@ def trained(given, way, task, seed, template, words, lr, steps, test, untaught=F
     def score(ready, dev):
         return score_of(ready.logits(dev), dev)
 
-    history = fit(ready, rows["train"], rows["dev"], lr, steps, seed, batch, every, score, loss_of)
+    history = fit(ready, rows["train"], rows["dev"], lr, steps, seed, batch, every, score, loss=loss_of)
     found = {"lr": lr, "seed": seed, "dev": history.dev, "step": history.step, "scores": history.scores}
     found |= {"stopped": history.stopped, "seconds": history.seconds}
     found |= {"losses": [round(loss, 4) for loss in history.losses], "as before": checksum(model) == before}
