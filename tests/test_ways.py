@@ -100,7 +100,11 @@ def test_the_ledger_stands_for_the_first_task(tmp_path, tiny_gpt2, small, monkey
     """With the ledger's pieces, only what it lacks is run, with its prompt, and its hits are in the table."""
     template, hits = "The city of [X] is in the country of [Y].", "01" * 4
     run = {"hits": hits, "lr": 1e-3, "step": 1, "kept_bytes": 5, "trained": 7, "template": template}
-    pieces = {"asked": run, "most frequent": {"hits": "0" * 8}, "shown/0": {"hits": "1" * 8, "prompt": "abc"}}
+    pieces = {
+        "asked": {"hits": hits, "template": template},
+        "most frequent": {"hits": "0" * 8},
+        "shown/0": {"hits": "1" * 8, "prompt": "abc"},
+    }
     pieces |= {f"run/{method}/0": run for method in ways.IN_LEDGER.values()}
     monkeypatch.setattr(ways, "ledger_of", lambda given, steps: pieces)
     monkeypatch.setattr(ways, "SMALL", ("P1376",))
