@@ -35,7 +35,7 @@ LARGEST_FIGURE = 200  # KB
 LONGEST_LINE = 80  # characters of code, and on a chapter's page of what is printed
 # Chapters not yet remade in the form of the second edition, which keep older rules. The list only shrinks.
 NOT_REMADE = {
-    "4-p-tuning", "5-four-ways",
+    "4-p-tuning",
     "7-lora-in-practice", "8-instruction-tuning", "9-four-bits", "10-qlora", "12-lomo",
 }  # fmt: skip
 CHECKED = "✓ "  # how the title of a folded check begins
